@@ -1,0 +1,108 @@
+"""
+crdtstate: shared state for fleets of AI agents.
+
+Each agent embeds a `Replica`: documents of maps, counters, registers and sets that it reads and
+writes locally, as plain Python, and that merge by themselves with every other agent's.
+
+    async with Replica("agent-7", store="agent-7.db", peers=["ws://127.0.0.1:8765"]) as replica:
+        plan = replica.map("plan")
+        plan["goal"] = "ship it"
+
+The map of the house, from the ground up; a module imports from its own floor and below
+(``tests/test_house.py``; the reasons stand in ARCHITECTURE.md):
+
+    floor 0  errors  clock (Dot, Version, Cut, Stamp)  values (user values as bytes)
+    floor 1  guard (checks Yjs updates)  slots (what lanes say of a path)  lanes (over pycrdt)
+             native_guard  native (Yjs types)  conflict (strategies)  change (Change, Snapshot)
+             crdts (Map, Counter, Register, Set)  document  documents (a set of them)
+    floor 2  events  config  wire (frames)  identity (who may write as whom)  sync (the core)
+    floor 3  transports (memory, websocket)  stores (memory, SQLite journal)
+    floor 4  replica (the asyncio shell)
+    floor 5  blocking  relay  simulation  demo  cli
+
+Floors 0 to 2 know no clock, socket, disk or thread: time and randomness are arguments.
+"""
+
+from crdtstate.clock import Cut, Dot, Stamp, Version
+from crdtstate.config import Config
+from crdtstate.conflict import Candidate, Conflict, Explanation, strategy
+from crdtstate.crdts import Counter, Map, Register, Set
+from crdtstate.document import Document
+from crdtstate.errors import (
+    CorruptStore,
+    CRDTStateError,
+    InvalidUpdate,
+    ProtocolError,
+    ReplicaClosed,
+    StoreError,
+    StoreLocked,
+    StoreUnavailable,
+    TransportError,
+    UnknownStrategy,
+    UnsupportedValue,
+    UsageError,
+    WaitTimeout,
+)
+from crdtstate.events import (
+    Changed,
+    ClockSkew,
+    ConflictFound,
+    ConflictResolved,
+    DocumentRebuilt,
+    Event,
+    IdentityRollback,
+    PeerConnected,
+    PeerDisconnected,
+    PeerRejected,
+    SnapshotReceived,
+    StoreFailed,
+    StoreRecovered,
+)
+from crdtstate.replica import Peer, Replica
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CRDTStateError",
+    "Candidate",
+    "Changed",
+    "ClockSkew",
+    "Config",
+    "Conflict",
+    "ConflictFound",
+    "ConflictResolved",
+    "CorruptStore",
+    "Counter",
+    "Cut",
+    "Document",
+    "DocumentRebuilt",
+    "Dot",
+    "Event",
+    "Explanation",
+    "IdentityRollback",
+    "InvalidUpdate",
+    "Map",
+    "Peer",
+    "PeerConnected",
+    "PeerDisconnected",
+    "PeerRejected",
+    "ProtocolError",
+    "Register",
+    "Replica",
+    "ReplicaClosed",
+    "Set",
+    "SnapshotReceived",
+    "Stamp",
+    "StoreError",
+    "StoreFailed",
+    "StoreLocked",
+    "StoreRecovered",
+    "StoreUnavailable",
+    "TransportError",
+    "UnknownStrategy",
+    "UnsupportedValue",
+    "UsageError",
+    "Version",
+    "WaitTimeout",
+    "strategy",
+]

@@ -1,0 +1,84 @@
+"""
+All settings of a replica, in one frozen dataclass. Times are in seconds, sizes in bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from crdtstate.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Settings. The defaults suit a fleet on a local network.
+
+    Raises:
+        UsageError: A setting is out of its range.
+    """
+
+    heartbeat: float = 1.0
+    """How often peers hear from each other when there is nothing else to say."""
+
+    link_timeout: float = 10.0
+    """A connection on which nothing came for so long is closed and dialled again. At least three
+    heartbeats; a shorter one mistakes a busy event loop for a dead peer."""
+
+    seal_delay: float = 0.02
+    """How long plain writes may collect in one change while the store is busy. Longer means
+    fewer, larger changes; otherwise they are sealed at the end of the loop turn."""
+
+    have_delay: float = 0.05
+    """How long acknowledgements collect before they are sent."""
+
+    want_delay: float = 0.3
+    """How long to wait for a change that a peer announced before asking for it: most are on their
+    way by a faster path. Above the usual round trip."""
+
+    want_retry: float = 1.0
+    """When to ask another peer for what did not come; grows with every try."""
+
+    want_retry_max: float = 15.0
+
+    tidy_delay: float = 1.0
+    """How long slots that others wrote over stay in the own lane when no write takes them along."""
+
+    answer_bytes: int = 256 * 1024
+    """Changes sent for one request. The asker asks on, so this bounds what a slow peer costs."""
+
+    pending_changes: int = 10_000
+    """Changes that wait for others they build on. What does not fit is asked for again."""
+
+    pending_bytes: int = 16 * 2**20
+
+    snapshot_after_bytes: int = 4 * 2**20
+    """Journaled bytes of a document after which its snapshot is renewed; bounds start-up time."""
+
+    log_bytes: int = 64 * 2**20
+    """Changes of a document that are kept although its snapshot contains them, so that peers who
+    were away get the changes they lack instead of a whole snapshot."""
+
+    outbox_bytes: int = 2**20
+    """Bytes waiting for one slow peer before live changes are no longer queued for it; it then
+    pulls what it lacks at its own pace."""
+
+    unsaved_bytes: int = 64 * 2**20
+    """Local changes that may wait in memory while the store refuses them. Beyond, writing raises
+    StoreUnavailable."""
+
+    skew_max: float = 60.0
+    """A remote clock further ahead is not believed; see `HybridClock`."""
+
+    reconnect_max: float = 30.0
+    """The longest pause between two attempts to reach a peer; they never end."""
+
+    events_max: int = 10_000
+    """Events kept for one slow ``async for`` over `Replica.events`; the oldest go first."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise UsageError(f"Config.{field.name} must be a number above 0, not {value!r}")
+        if self.link_timeout < 3 * self.heartbeat:
+            raise UsageError("Config.link_timeout must be at least three heartbeats")

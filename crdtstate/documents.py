@@ -1,0 +1,237 @@
+"""
+A set of documents, as one writer holds them: what an agent's code reads and writes.
+
+`Replica` and the simulated replica are both a `DocumentSet` with something around it that moves
+changes. The set seals open changes and hands them over in order (`take_sealed`); it knows no disk,
+network or clock but the ones it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from crdtstate.change import Change, Origin
+from crdtstate.clock import Cut, HybridClock, Version
+from crdtstate.conflict import Conflict
+from crdtstate.crdts import Counter, Map, Register, Set
+from crdtstate.document import Document
+from crdtstate.errors import UnsupportedValue, UsageError
+
+MAIN = "main"
+"""The document that `map`, `counter`, `register` and `set` of a replica use."""
+
+DOCUMENTS_MAX = 100_000
+"""Documents of one replica; a peer cannot make it hold more."""
+
+ORIGIN_CHARS_MAX = 1000
+
+
+class DocumentSet:
+    """The documents of one replica.
+
+    Args:
+        agent: The agent's name.
+        writer: The replica's writer.
+        wall: Returns the wall time in milliseconds since 1970.
+    """
+
+    def __init__(self, agent: str, writer: int, wall: Callable[[], int]) -> None:
+        self.agent = agent
+        self._writer = writer
+        self._wall = wall
+        self._clock = HybridClock()
+        self._documents: dict[str, Document] = {}
+        # Documents with an open change, in the order in which they were opened.
+        self._open: dict[str, Document] = {}
+        # Sealed changes that nobody has taken yet, with the paths they wrote.
+        self._sealed: list[tuple[Change, list[str]]] = []
+        self._transaction: Origin | None = None
+
+    # Reading and writing
+
+    def map(self, name: str, *, strategy: str | None = None) -> Map:
+        """The map *name* of the document "main"."""
+        return self.document(MAIN).map(name, strategy=strategy)
+
+    def counter(self, name: str) -> Counter:
+        """The counter *name* of the document "main"."""
+        return self.document(MAIN).counter(name)
+
+    def register(self, name: str, *, strategy: str | None = None) -> Register:
+        """The register *name* of the document "main"."""
+        return self.document(MAIN).register(name, strategy=strategy)
+
+    def set(self, name: str) -> Set:
+        """The set *name* of the document "main"."""
+        return self.document(MAIN).set(name)
+
+    def document(self, name: str, *, shared: bool = False) -> Document:
+        """The document *name*, made on first use.
+
+        Args:
+            shared: It holds native Yjs types, for editors and browsers.
+
+        Raises:
+            UsageError: It exists, and is of the other type.
+        """
+        self._check_usable()
+        found = self._documents.get(name)
+        if found is None:
+            return self._make(name, shared)
+        if shared and not found.shared:
+            raise UsageError(f"document {name!r} exists and is not shared=True")
+        return found
+
+    def documents(self) -> Iterator[str]:
+        """The names of all documents, sorted."""
+        return iter(sorted(self._documents))
+
+    def conflicts(self) -> list[Conflict]:
+        """The open conflicts of all documents."""
+        return [c for name in self.documents() for c in self._documents[name].conflicts()]
+
+    def version(self) -> Cut:
+        """What this replica has taken in so far, its own writes included: a causal token."""
+        self._seal_open()
+        return Cut({name: document.version for name, document in self._documents.items()})
+
+    @contextmanager
+    def transaction(self, *, message: str = "", run: str = "") -> Iterator[None]:
+        """Make all writes inside one change (one for each document written to).
+
+        Everybody sees all of a change or nothing. An exception inside undoes the writes and goes
+        on to the caller: nothing of it happened, here or elsewhere. A transaction inside another
+        joins it. Never ``await`` inside: other tasks' writes would become part of it.
+
+        Args:
+            message: Why, for people; up to 1,000 characters.
+            run: To which run of the agent it belongs; up to 1,000 characters.
+        """
+        self._check_usable()
+        if self._transaction is not None:
+            yield
+            return
+        for label, text in (("message", message), ("run", run)):
+            if type(text) is not str or len(text) > ORIGIN_CHARS_MAX:
+                raise UnsupportedValue(label, f"a str of at most {ORIGIN_CHARS_MAX} characters")
+            try:
+                text.encode()
+            except UnicodeEncodeError as exc:
+                raise UnsupportedValue(label, f"not valid Unicode: {exc}") from exc
+        self._seal_open()
+        self._transaction = Origin(self.agent, message, run)
+        try:
+            yield
+        except BaseException:
+            for document in self._open.values():
+                document.rollback()
+            # A native document says in its next change that its edits were undone.
+            self._open = {name: d for name, d in self._open.items() if d.is_open}
+            raise
+        else:
+            self._seal_open(self._transaction)
+        finally:
+            self._transaction = None
+
+    # For whoever moves the changes
+
+    def _check_usable(self) -> None:
+        """Raise if this set cannot be used now; a replica overrides it."""
+
+    def _written(self) -> None:
+        """There is something to seal; a replica overrides it to be woken."""
+
+    def _make(self, name: str, shared: bool) -> Document:
+        if len(self._documents) >= DOCUMENTS_MAX:
+            raise UsageError(f"a replica holds at most {DOCUMENTS_MAX} documents")
+        document = Document(
+            name,
+            writer=self._writer,
+            agent=self.agent,
+            clock=self._clock,
+            wall=self._wall,
+            on_write=self._on_write,
+            shared=shared,
+        )
+        self._documents[name] = document
+        return document
+
+    def _on_write(self, document: Document) -> None:
+        if document.name not in self._open:
+            self._open[document.name] = document
+            self._written()
+        elif self._transaction is None:
+            # It says so a second time because it has grown.
+            self._seal(document)
+
+    def _seal_open(self, origin: Origin | None = None) -> None:
+        """Seal all open changes."""
+        for document in list(self._open.values()):
+            self._seal(document, origin)
+
+    def _seal(self, document: Document, origin: Origin | None = None) -> None:
+        self._open.pop(document.name, None)
+        change = document.seal(origin)
+        if change is not None:
+            self._sealed.append((change, document.written))
+            self._written()
+
+    def take_sealed(self) -> list[tuple[Change, list[str]]]:
+        """Seal what is open, unless in a transaction, and return what was sealed, in order, with
+        the paths each change wrote."""
+        if self._transaction is None:
+            self._seal_open()
+        sealed, self._sealed = self._sealed, []
+        return sealed
+
+    def seal_tidying(self, document: Document) -> None:
+        """Seal a change that only drops what others cover (L3)."""
+        if self._transaction is None:
+            self._seal(document)
+
+    def adopt(self, writer: int) -> None:
+        """Take over the lanes of a closed *writer*, all of whose changes are here (L6)."""
+        self._seal_open()
+        for document in self._documents.values():
+            change = document.adopt(writer)
+            if change is not None:
+                self._sealed.append((change, []))
+                self._written()
+
+    def find(self, name: str) -> Document | None:
+        """The document *name* if there is one."""
+        return self._documents.get(name)
+
+    def find_or_make(self, name: str, shared: bool) -> Document:
+        """The document *name*; made if there is none, because a peer has it."""
+        return self._documents.get(name) or self._make(name, shared)
+
+    def reload(self, document: Document, writer: int, load: Callable[[Document], None]) -> None:
+        """Empty *document*, let *load* fill it again, to be written by *writer* from now on, and
+        write again what the own lane said and what was loaded does not."""
+        self._open.pop(document.name, None)
+        old = document.writer
+        own = document.reset(writer)
+        load(document)
+        document.rewrite(own, old)
+
+    def versions(self) -> Iterator[tuple[str, Version]]:
+        """The versions of all documents, open changes not included."""
+        return ((name, document.version) for name, document in self._documents.items())
+
+    def _close_documents(self) -> None:
+        for document in self._documents.values():
+            document.close()
+
+    def _describe(self) -> dict[str, Any]:
+        return {name: document.version.total for name, document in self._documents.items()}
+
+    def observe(self, stamp: int) -> bool:
+        """Let the clock follow a remote *stamp*; False if it is too far ahead to be believed."""
+        return self._clock.observe(stamp, self._wall())
+
+    def wall_ms(self) -> int:
+        """The wall time in milliseconds since 1970."""
+        return self._wall()

@@ -1,0 +1,101 @@
+"""
+Every error crdtstate raises, named for the situation, and the state it leaves behind.
+
+    CRDTStateError
+    ├── UsageError              the caller's mistake; nothing changed
+    │   ├── UnsupportedValue    a value, key or name that cannot be shared
+    │   ├── UnknownStrategy     a conflict names a strategy this process has not registered
+    │   └── ReplicaClosed       the replica was closed or not opened yet
+    ├── ProtocolError           a peer's mistake; its message was dropped, our state is untouched
+    │   └── InvalidUpdate       a change or snapshot that breaks the rules of lanes
+    ├── TransportError          a connection could not be made or broke; it is dialled again
+    ├── StoreError              the disk's; what was durable stays durable
+    │   ├── StoreLocked         another process has the store open
+    │   ├── StoreUnavailable    the store refuses writes; reads and the mesh go on
+    │   └── CorruptStore        a stored row or page fails its checksum; nothing was altered
+    └── WaitTimeout             what was waited for has not happened yet; it still may
+
+Foreign exceptions are translated into these where they enter. Errors carry their facts
+as attributes and end with what to do, where that is known.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class CRDTStateError(Exception):
+    """The root of all errors raised by crdtstate."""
+
+
+class UsageError(CRDTStateError):
+    """The caller asked for something that cannot be; nothing changed."""
+
+
+class UnsupportedValue(UsageError):
+    """A value (or key, or name) that cannot be replicated; nothing changed.
+
+    Attributes:
+        where: The path of the offending part, such as ``plan['goal'][2]``.
+    """
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"{where}: {reason}")
+        self.where = where
+        self.reason = reason
+
+
+class UnknownStrategy(UsageError):
+    """A strategy's name that nobody registered in this process; nothing changed."""
+
+    def __init__(self, name: str, known: list[str]) -> None:
+        super().__init__(
+            f"unknown strategy {name!r}; known here: {', '.join(known)}. "
+            f"Register it with @crdtstate.strategy({name!r}) before reading."
+        )
+        self.name = name
+
+
+class ReplicaClosed(UsageError):
+    """The replica is not open; nothing changed. Use it inside ``async with Replica(...)``."""
+
+
+class ProtocolError(CRDTStateError):
+    """A peer broke the protocol; its message was dropped and our state is untouched."""
+
+
+class InvalidUpdate(ProtocolError):
+    """Update bytes that are malformed or break the rules of lanes; nothing was applied."""
+
+
+class TransportError(CRDTStateError):
+    """A connection could not be made or broke; nothing is lost, it is dialled again."""
+
+
+class StoreError(CRDTStateError):
+    """The store failed; whatever it confirmed as durable is still there.
+
+    Attributes:
+        path: The store's file.
+    """
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = str(path)
+        self.reason = reason
+
+
+class StoreLocked(StoreError):
+    """Another process has the store open; this one touched nothing."""
+
+
+class StoreUnavailable(StoreError):
+    """The store refuses writes (disk full, read-only, I/O error); reads and the mesh go on."""
+
+
+class CorruptStore(StoreError):
+    """Stored data fails its checksum or is not ours; nothing was altered."""
+
+
+class WaitTimeout(CRDTStateError, TimeoutError):
+    """What was waited for has not happened yet; nothing was undone and it still may happen."""

@@ -1,0 +1,141 @@
+"""
+What a replica tells the code around it: frozen values, handed to ``replica.on`` and
+``replica.events`` after the fact. Handlers cannot alter or stop what happened.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from crdtstate.conflict import Candidate
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """The base of all events: subscribe to it to get every one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changed(Event):
+    """The content at a path changed, here or elsewhere. One for each path of a change.
+
+    Attributes:
+        document: The document's name.
+        kind: ``"map"``, ``"counter"``, ``"register"``, ``"set"`` or ``"native"``.
+        name: The view's name.
+        key: The key or element; None for counters, registers and native types.
+        value: What reading gives now; None when it was removed.
+        agent: Whose change it was; empty when it came with a snapshot.
+        local: Whether it was this replica's own.
+    """
+
+    document: str
+    kind: str
+    name: str
+    key: Any
+    value: Any
+    agent: str
+    local: bool
+
+    @property
+    def path(self) -> str:
+        """The place as text, such as ``plan['goal']``."""
+        return self.name if self.key is None else f"{self.name}[{self.key!r}]"
+
+
+@dataclass(frozen=True, slots=True)
+class ConflictFound(Event):
+    """Two values that did not know of each other met at a path. Both stay until resolved."""
+
+    document: str
+    kind: str
+    name: str
+    key: str
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ConflictResolved(Event):
+    """A path that had several values has one again."""
+
+    document: str
+    kind: str
+    name: str
+    key: str
+    value: Any
+    agent: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerConnected(Event):
+    """A connection to a peer stands, and both know who the other is."""
+
+    agent: str
+    writer: int
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerDisconnected(Event):
+    """The connection to a peer ended. If this side dialled it, it dials again."""
+
+    agent: str
+    writer: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRejected(Event):
+    """A peer sent something that breaks the rules; it was dropped, nothing changed."""
+
+    agent: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClockSkew(Event):
+    """A peer's clock is so far ahead that it is not followed."""
+
+    agent: str
+    ahead_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityRollback(Event):
+    """Peers know changes of this writer that this replica does not: its store was rolled back or
+    copied. It goes on under a new writer, and gets the missing changes from the peers."""
+
+    writer: int
+    new_writer: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotReceived(Event):
+    """A document was brought up to date by a snapshot instead of single changes."""
+
+    document: str
+    agent: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentRebuilt(Event):
+    """The engine failed on a change that had passed all checks. The change is set aside and the
+    document was rebuilt from the store."""
+
+    document: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFailed(Event):
+    """The store refuses writes; reads and the mesh go on, own changes wait to be saved."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoreRecovered(Event):
+    """The store writes again, and what waited is saved."""

@@ -1,0 +1,395 @@
+"""
+The engine of a shared document: native Yjs types, which editors in browsers understand.
+
+Users edit root types through pycrdt's own API, so an edit is in the *living* Doc before anybody
+could hold it back. A second, *sealed* Doc takes in exactly what changes carry: own edits when
+they are taken, those of others at once. So a state never holds open edits, and there is always
+something to go back to. The price is twice the memory.
+
+Yjs cannot abort, so `Native.rollback` edits the living Doc until it reads as the sealed one, in
+place: handles and observers stay. The edits it undoes and its own travel with the next change,
+as tombstones and copies; what came with the undone ones can be read nowhere. A type that they
+had deleted comes back as a new one, so older handles to it are dead. Edits that the guard
+refuses are undone by starting again from the sealed Doc: handles to roots go on, those to nested
+types raise when written to, observers are gone.
+
+Indices of a pycrdt text count UTF-8 bytes; an edit within a character is one that is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple, TypeVar
+
+from pycrdt import Array, Decoder, Doc, Subscription, Text, TransactionEvent, merge_updates
+from pycrdt import Map as YMap
+
+from crdtstate.errors import InvalidUpdate, UsageError
+from crdtstate.guard import encode_deletes
+from crdtstate.native_guard import CHANGE_BYTES_MAX, Known, check_change, check_state, is_root_name
+from crdtstate.slots import SEPARATOR
+
+__all__ = ["Array", "Native", "Text", "YMap"]
+
+CHANGE_BYTES_GOAL = 128 * 1024
+"""Open edits beyond it are announced again, to be taken at once."""
+
+MERGE_WIDTH = 32
+"""Updates merged at a time. All together would take pycrdt quadratic time."""
+
+ORIGIN = "crdtstate"
+"""Origin of transactions that are no edits of the user; an UndoManager leaves those alone."""
+
+SHARED = (Text, Array, YMap)
+_T = TypeVar("_T", Text, Array[Any], YMap[Any])
+
+log = logging.getLogger("crdtstate")
+
+
+class Native:
+    """The native types of one document.
+
+    Args:
+        writer: The writer of this replica.
+        on_write: Called in the transaction of an edit, when it opens a change, and for each one
+            beyond `CHANGE_BYTES_GOAL`. It cannot read the document then, but it can `take`.
+    """
+
+    def __init__(self, writer: int, on_write: Callable[[], None]) -> None:
+        self._on_write = on_write
+        # Root types by name, as users hold them.
+        self._handles: dict[str, Text | Array[Any] | YMap[Any]] = {}
+        # The living Doc, and the one before it, to tell those who still write to that.
+        self._observed: list[tuple[Doc[Any], Subscription]] = []
+        self.reset(writer)
+
+    def reset(self, writer: int) -> None:
+        """Empty it, to be loaded anew and written by *writer*. Handles to roots stay valid."""
+        self.writer = writer
+        self._sealed: Doc[Any] = Doc(client_id=writer)
+        # What is in the sealed Doc.
+        self._known = Known()
+        self._start()
+
+    def _start(self) -> None:
+        doc: Doc[Any] = Doc(client_id=self.writer)
+        doc.apply_update(self._sealed.get_update())
+        for name, handle in self._handles.items():
+            doc[name] = handle
+        self._doc = doc
+        # Edits that no change carries yet; while not open, what a rollback left of them.
+        self._updates: list[bytes] = []
+        self.is_open = False
+        # The clock of the first open edit.
+        self._first = self._known.clocks.get(self.writer, 0)
+        # Takes updates that are not edits of the user.
+        self._aside: list[bytes] | None = None
+        self._observed.append((doc, doc.observe(partial(self._notice, doc))))
+        self._unobserve(2)
+
+    def close(self) -> None:
+        """Let the Docs go; one that is still observed is never freed."""
+        self._unobserve(0)
+
+    def _unobserve(self, keep: int) -> None:
+        while len(self._observed) > keep:
+            doc, subscription = self._observed.pop(0)
+            doc.unobserve(subscription)
+
+    # Editing
+
+    def text(self, name: str) -> Text:
+        """The root text *name*. Raises UsageError if the name is used for another type here."""
+        return self._root(name, Text)
+
+    def array(self, name: str) -> Array[Any]:
+        """The root array *name*; as `text`."""
+        return self._root(name, Array)
+
+    def map(self, name: str) -> YMap[Any]:
+        """The root map *name*; as `text`."""
+        return self._root(name, YMap)
+
+    def _root(self, name: str, kind: type[_T]) -> _T:
+        found = self._handles.get(name)
+        if found is None:
+            if not is_root_name(name):
+                raise UsageError(f"{name[:80]!r} cannot name a shared type")
+            found = self._handles[name] = self._doc.get(name, type=kind)
+        if not isinstance(found, kind):
+            used, wanted = type(found).__name__.lower(), kind.__name__.lower()
+            raise UsageError(f"{name!r} is a shared {used}, and cannot be a {wanted} as well")
+        return found
+
+    def _notice(self, doc: Doc[Any], event: TransactionEvent) -> None:
+        if doc is not self._doc:
+            raise UsageError("this type was left behind by an undone edit; get it from its root")
+        if self._aside is not None:
+            self._aside.append(event.update)
+            return
+        self._updates.append(event.update)
+        is_large = CHANGE_BYTES_GOAL < sum(map(len, self._updates)) <= CHANGE_BYTES_MAX
+        if is_large or not self.is_open:
+            self.is_open = True
+            self._on_write()
+
+    def take(self) -> bytes:
+        """Close the open change and return it as one update; empty if none is open.
+
+        Raises:
+            UsageError: Other members would refuse it. Its edits have been undone.
+        """
+        if not self.is_open:
+            return b""
+        update = _merge(self._updates)
+        try:
+            check_change(update, self.writer, self._known)
+        except InvalidUpdate as exc:
+            self._start()
+            raise UsageError(f"edits were undone, as others would refuse them: {exc}") from exc
+        self._sealed.apply_update(update)
+        self._updates = []
+        self.is_open = False
+        self._first = self._known.clocks.get(self.writer, 0)
+        return update
+
+    def rollback(self) -> None:
+        """Make the document read as if the open change had never been.
+
+        Raises:
+            UsageError: A pycrdt transaction is open; nothing changed.
+        """
+        if not self.is_open:
+            return
+        with self._transaction() as updates:
+            count = self._next_clock() - self._first
+            if count:
+                ours = encode_deletes({self.writer: [(self._first, count)]})
+                self._doc.apply_update(b"\0" + ours)
+            roots = [(name, root) for name, root in self._doc.items() if root is not None]
+            pairs = [(root, self._sealed.get(name, type=type(root))) for name, root in roots]
+            for living, sealed in pairs:
+                _mend(living, sealed)
+        if any(_content(living) != _content(sealed) for living, sealed in pairs):
+            self._start()
+            return
+        # What came and went since the last change comes out of another Doc as mere tombstones.
+        scratch: Doc[Any] = Doc()
+        scratch.apply_update(self._sealed.get_update())
+        left: list[bytes] = []
+        subscription = scratch.observe(lambda event: left.append(event.update))
+        scratch.apply_update(_merge(self._updates + updates))
+        scratch.unobserve(subscription)
+        self._updates = left
+        self.is_open = False
+        self._first = self._next_clock()
+
+    def _next_clock(self) -> int:
+        reader = Decoder(self._doc.get_state())
+        read = reader.read_var_uint
+        return {read(): read() for _ in range(read())}.get(self.writer, 0)
+
+    # Replicating
+
+    def apply(self, update: bytes, writer: int) -> list[str]:
+        """Take in the next change of *writer*; return the paths of the roots it touches.
+
+        Whatever pycrdt raises comes out as it is, PanicException (a BaseException) included; the
+        engine is then beyond use, until `reset`.
+
+        Raises:
+            InvalidUpdate: It breaks the rules; nothing changed.
+            UsageError: A pycrdt transaction is open; nothing changed.
+        """
+        with self._transaction():
+            if writer == self.writer and self._updates:
+                raise InvalidUpdate("an own change from elsewhere, while there are open edits")
+            touched = check_change(update, writer, self._known)
+            self._sealed.apply_update(update)
+            self._doc.apply_update(update)
+        return [f"y{root}{SEPARATOR}" for root in sorted(touched)]
+
+    def state(self) -> bytes:
+        """The whole document without open edits, as one update."""
+        return self._sealed.get_update()
+
+    def load(self, state: bytes) -> list[str]:
+        """Take in *state*, from anybody; return the paths of its roots. Raises what `apply` does.
+
+        A state of lanes takes the place of what is here. But Yjs itself joins states of native
+        types, and a fresh Doc would cost users their handles. So it goes into the Docs there are.
+        """
+        with self._transaction():
+            known = check_state(state)
+            here, there = (k.clocks.get(self.writer, 0) for k in (self._known, known))
+            if here < there and self._updates:
+                raise InvalidUpdate("own changes from elsewhere, while there are open edits")
+            self._sealed.apply_update(state)
+            self._doc.apply_update(state)
+            self._known.join(known)
+            if not self._updates:
+                self._first = max(here, there)
+        return [f"y{root}{SEPARATOR}" for root in sorted(known.roots())]
+
+    def join(self, state: bytes, newer: Callable[[int], bool]) -> bytes:
+        """Return what to `load` for the join of *state* and this document: Yjs joins them."""
+        return state
+
+    @contextmanager
+    def _transaction(self) -> Iterator[list[bytes]]:
+        """A transaction that is no edit of the user; its update is in the list afterwards."""
+        try:
+            transaction = self._doc.transaction(origin=ORIGIN)
+        except RuntimeError:
+            raise UsageError("a pycrdt transaction is open; never await inside one") from None
+        aside: list[bytes] = []
+        self._aside = aside
+        try:
+            with transaction:
+                yield aside
+        except ExceptionGroup as failures:
+            if failures.__context__ is not None:
+                raise
+            # Observers are the user's. They fail after the fact, and nobody is there to be told.
+            log.error("an observer of a shared type failed", exc_info=failures)
+        finally:
+            self._aside = None
+
+
+def _merge(updates: list[bytes]) -> bytes:
+    while len(updates) > 1:
+        starts = range(0, len(updates), MERGE_WIDTH)
+        updates = [merge_updates(*updates[at : at + MERGE_WIDTH]) for at in starts]
+    return updates[0]
+
+
+# Going back
+
+
+class _Cell(NamedTuple):
+    """A character or embed of a text."""
+
+    value: Any
+    attributes: dict[str, Any]
+    content: Any
+    marks: Any
+
+    @property
+    def size(self) -> int:
+        return len(self.value.encode()) if isinstance(self.value, str) else 1
+
+
+def _cells(text: Text) -> list[_Cell]:
+    cells: list[_Cell] = []
+    for part, attributes in text.diff():
+        marks = _content(attributes or {})
+        values = part if isinstance(part, str) else [part]
+        cells += [_Cell(value, attributes or {}, _content(value), marks) for value in values]
+    return cells
+
+
+def _content(value: Any) -> Any:
+    """What a value reads as; equal only if the types are: 1.0 is not True here."""
+    match value:
+        case str():
+            return value
+        case Text():
+            return [Text, *((cell.content, cell.marks) for cell in _cells(value))]
+        case Array():
+            return [Array, *map(_content, value)]
+        case YMap():
+            return [YMap, {key: _content(value[key]) for key in list(value.keys())}]
+        case dict():
+            return {key: _content(inner) for key, inner in value.items()}
+        case list():
+            return [_content(inner) for inner in value]
+    return type(value), repr(value)
+
+
+def _mend(living: Any, wanted: Any) -> None:
+    """Put back into *living* what it lost. It has nothing that *wanted*, the same of another
+    Doc, does not have."""
+    match living, wanted:
+        case Text(), Text():
+            _mend_text(living, wanted)
+        case Array(), Array():
+            for at, value in enumerate(wanted):
+                # Items have the same identity in both.
+                if at < len(living) and _item(living, at) == _item(wanted, at):
+                    _mend(living[at], value)
+                else:
+                    _put(value, partial(living.insert, at))
+        case YMap(), YMap():
+            for key in list(wanted.keys()):
+                if key in living:
+                    _mend(living[key], wanted[key])
+                else:
+                    _put(wanted[key], partial(living.__setitem__, key))
+
+
+def _item(array: Array[Any], at: int) -> bytes:
+    return array.sticky_index(at).encode()
+
+
+def _mend_text(living: Text, wanted: Text) -> None:
+    have, want = deque(_cells(living)), _cells(wanted)
+    if sum(cell.size for cell in have) != len(living):
+        return  # An embedded string: it looks like text. That it is not mended will be noticed.
+    lost: list[bool] = []
+    for cell in want:
+        lost.append(not have or have[0].content != cell.content)
+        if not lost[-1]:
+            have.popleft()
+    at = 0
+    for (is_lost, is_text, _), group in groupby(zip(lost, want, strict=True), key=_run):
+        cells = [cell for _, cell in group]
+        attributes = _plain(cells[0].attributes)
+        if is_lost and is_text:
+            living.insert(at, "".join(cell.value for cell in cells), attributes)
+        elif is_lost:
+            for cell in reversed(cells):
+                _put(cell.value, partial(living.insert_embed, at, attrs=attributes))
+        at += sum(cell.size for cell in cells)
+    if _content(living) != _content(wanted):
+        _mend_formats(living, wanted)
+
+
+def _run(pair: tuple[bool, _Cell]) -> tuple[bool, bool, Any]:
+    return pair[0], isinstance(pair[1].value, str), pair[1].marks
+
+
+def _mend_formats(living: Text, wanted: Text) -> None:
+    names = {name for cell in _cells(living) for name in cell.attributes}
+    at = 0
+    for _, group in groupby(_cells(wanted), key=lambda cell: cell.marks):
+        cells = list(group)
+        end = at + sum(cell.size for cell in cells)
+        living.format(at, end, dict.fromkeys(names) | _plain(cells[0].attributes))
+        at = end
+
+
+def _put(value: Any, put: Callable[[Any], None]) -> None:
+    """Have *put* put a copy of *value* where it belongs."""
+    if not isinstance(value, SHARED):
+        put(_plain(value))
+        return
+    made = type(value)()
+    put(made)
+    _mend(made, value)
+
+
+def _plain(value: Any) -> Any:
+    """What pycrdt takes for what it gave: of a bytearray in a list it silently makes None."""
+    match value:
+        case bytearray():
+            return bytes(value)
+        case list():
+            return [_plain(inner) for inner in value]
+        case dict():
+            return {key: _plain(inner) for key, inner in value.items()}
+    return value

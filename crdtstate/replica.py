@@ -1,0 +1,870 @@
+"""
+The replica: documents that an agent reads and writes locally, and that merge by themselves.
+
+This is the thin asyncio shell around the sync core (`sync`). Everything happens on the event loop
+that opened it: writes wake the *pump*, which seals them, feeds the core, carries out its effects in
+order (journal, then send, then tell observers) and arms one timer. Each connection has one task
+that reads and one that writes; each address to dial has one that never gives up. Nothing is decided
+here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+from crdtstate import sync, wire
+from crdtstate.change import Snapshot, decode_change
+from crdtstate.clock import Cut, Version
+from crdtstate.config import Config
+from crdtstate.crdts import Map, Register
+from crdtstate.document import Document
+from crdtstate.documents import DocumentSet
+from crdtstate.errors import (
+    CorruptStore,
+    InvalidUpdate,
+    ProtocolError,
+    ReplicaClosed,
+    StoreUnavailable,
+    TransportError,
+    UsageError,
+    WaitTimeout,
+)
+from crdtstate.events import (
+    Changed,
+    ConflictFound,
+    ConflictResolved,
+    Event,
+    IdentityRollback,
+    StoreFailed,
+    StoreRecovered,
+)
+from crdtstate.identity import draw_writer, may_keep_writer
+from crdtstate.slots import SEPARATOR
+from crdtstate.stores import Entry, Saved, Store
+from crdtstate.stores.journal import Journal
+from crdtstate.stores.memory import MemoryStore
+from crdtstate.transports import Connection, Http, Listener, dial, listen
+from crdtstate.values import unpack_key
+
+log = logging.getLogger("crdtstate")
+
+E = TypeVar("E", bound=Event)
+
+DIAL_TIMEOUT = 5.0
+FIRST_PAUSE = 0.1
+STORE_RETRY = 1.0
+FAREWELL = 1.0
+"""How long closing waits for what is queued to leave."""
+
+KINDS = {"m": "map", "c": "counter", "r": "register", "s": "set", "y": "native"}
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A connected peer.
+
+    Attributes:
+        lag: Changes committed here that it has not acknowledged.
+        queued_bytes: Bytes waiting to be sent to it.
+    """
+
+    agent: str
+    writer: int
+    role: str
+    address: str | None
+    lag: int
+    queued_bytes: int
+
+
+class _Link:
+    """A connection's shell: what waits to be sent, and why it ended."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.outbox: deque[bytes] = deque()
+        self.outbox_bytes = 0
+        self.is_congested = False
+        self.wake = asyncio.Event()
+        self.ending: tuple[wire.ByeCode, str] | None = None
+        self.writer: int | None = None
+
+
+class Replica(DocumentSet):
+    """A set of replicated documents in this process.
+
+    Use it as ``async with Replica(...) as replica``: inside, it is recovered, listening and
+    dialling. Reads and writes are plain Python and immediate; only waiting is ``async``.
+
+    Args:
+        agent: The agent's name: stable, for people.
+        store: The SQLite file that makes it durable; made on first use. None: memory only.
+        listen: The URL to listen on, such as ``ws://127.0.0.1:0`` (any free port, see `address`).
+            None: only dial out. Who can reach the port can read and write everything: listen on
+            the loopback interface or on a network that you trust.
+        peers: URLs of relays or agents to stay connected to.
+        config: Settings.
+        durability: What `durable` and sending wait for. ``"process"``: changes survive a kill of
+            this process at once, and a power cut after 0.1 s. ``"power"``: both at once.
+        role: ``"relay"`` for a replica that is there for others.
+        http: Answers plain HTTP requests on the listening port.
+
+    Raises:
+        UsageError: An argument cannot be.
+    """
+
+    def __init__(
+        self,
+        agent: str,
+        *,
+        store: str | os.PathLike[str] | None = None,
+        listen: str | None = None,
+        peers: Iterable[str] = (),
+        config: Config | None = None,
+        durability: Literal["process", "power"] = "process",
+        role: Literal["agent", "relay"] = "agent",
+        http: Http | None = None,
+    ) -> None:
+        if not isinstance(agent, str) or not 0 < len(agent) <= 100 or not agent.isprintable():
+            raise UsageError(f"an agent's name has 1 to 100 printable characters, not {agent!r}")
+        if isinstance(peers, str):
+            raise UsageError("peers is a list of URLs, not one URL")
+        if durability not in ("process", "power"):
+            raise UsageError(f'durability is "process" or "power", not {durability!r}')
+        self._rng = random.Random()
+        super().__init__(agent, draw_writer(self._rng), lambda: time.time_ns() // 1_000_000)
+        self.config = config or Config()
+        self.durability = durability
+        self.role = role
+        # Where it listens, once open.
+        self.address: str | None = None
+        self._store_path = None if store is None else Path(store)
+        self._listen_url = listen
+        self._peer_urls = list(dict.fromkeys(peers))
+        self._http = http
+        self._session = self._rng.getrandbits(64)
+        self._state: Literal["new", "open", "closed"] = "new"
+        self._store: Store
+        self._sync: sync.Sync
+        self._loop: asyncio.AbstractEventLoop
+        self._listener: Listener | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._links: dict[int, _Link] = {}
+        self._link_ended = asyncio.Event()
+        self._next_peer = 1
+        # Where the pump is: called soon, or running.
+        self._is_awake = False
+        self._is_pumping = False
+        self._timer: asyncio.TimerHandle | None = None
+        # What was handed to the store: (ticket, the core's number).
+        self._tickets: deque[tuple[int, int]] = deque()
+        self._unsaved_bytes = 0
+        self._failed: str | None = None
+        # Own seq by document at opening: what peers may know of this writer.
+        self._base: dict[str, int] = {}
+        # Writers of earlier sessions whose lanes wait for adoption.
+        self._closed_writers: list[int] = []
+        self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+        self._handlers: dict[type[Event], list[Callable[[Any], object]]] = {}
+        self._pending_events: list[Event] = []
+        self._contested: set[tuple[str, str]] = set()
+        # Address -> why it could not be reached the last time.
+        self._unreachable: dict[str, str] = {}
+
+    # Opening and closing
+
+    async def __aenter__(self) -> Self:
+        if self._state != "new":
+            raise UsageError("a Replica is opened once; make a new one")
+        self._loop = asyncio.get_running_loop()
+        self._store = self._open_store()
+        try:
+            self._recover()
+            self._state = "open"
+            if self._listen_url is not None:
+                self._listener = await listen(self._listen_url, self._accept, http=self._http)
+                self.address = self._listener.address
+                self._sync.hello = self._hello()
+        except BaseException:
+            self._state = "closed"
+            self._store.close(clean=False)
+            raise
+        for url in self._peer_urls:
+            self._spawn(self._dial_for_ever(url), f"dial {url}")
+        self._wake()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Save, say goodbye and stop. Idempotent; never raises for the network's or disk's sake."""
+        if self._state != "open":
+            return
+        try:
+            self._pump()
+            for peer in list(self._links):
+                self._end_link(peer, wire.ByeCode.SHUTDOWN, "closing", tell=True)
+            await self._say_goodbye()
+        finally:
+            self._state = "closed"
+            for task in self._tasks:
+                task.cancel()
+            if self._listener is not None:
+                await self._listener.close()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            if self._timer is not None:
+                self._timer.cancel()
+            self._store.close(clean=True)
+            self._close_documents()
+            for _, waiter in self._waiters:
+                if not waiter.done():
+                    waiter.set_exception(ReplicaClosed(f"{self.agent}: closed while waiting"))
+
+    async def _say_goodbye(self) -> None:
+        try:
+            async with asyncio.timeout(FAREWELL):
+                while self._links:
+                    self._link_ended.clear()
+                    await self._link_ended.wait()
+        except TimeoutError:
+            log.debug("%s: not everything queued could be sent", self.agent)
+
+    def _open_store(self) -> Store:
+        if self._store_path is None:
+            return MemoryStore()
+        return Journal(self._store_path, durability=self.durability)
+
+    def _recover(self) -> None:
+        """Load what the store has, and decide as whom to write."""
+        session = self._store.session
+        if session.writer is not None and may_keep_writer(session):
+            self._writer = session.writer
+        elif session.writer is not None and session.same_file:
+            self._closed_writers.append(session.writer)
+        for item in self._store.load():
+            self._load(item)
+        self._sync = sync.Sync(self, self._hello(), self.config, self._rng, self._loop.time())
+        for name, version in self.versions():
+            self._base[name] = version.get(self._writer, 0)
+            self._sync.restore(name, version, self._store.floor(name))
+            self._clock.observe(self._documents[name].stamp, 2**47)
+        self._store.start(self.agent, self._writer, self._on_store_progress)
+
+    def _load(self, item: Saved | Entry, only: Document | None = None) -> None:
+        try:
+            if isinstance(item, Saved):
+                snapshot = Snapshot.decode(item.data)
+                document = only or self.find_or_make(item.document, snapshot.shared)
+                document.join(snapshot)
+                return
+            change = decode_change(item.data)
+            document = only or self.find_or_make(item.document, change.shared)
+            if not document.version.covers(change.dot):
+                if not document.is_ready(change):
+                    raise InvalidUpdate(f"{change!r} comes before what it builds on")
+                document.apply(change)
+        except InvalidUpdate as exc:
+            path = self._store.path or "memory"
+            hint = f"check it with: crdtstate verify {path}"
+            raise CorruptStore(path, f"document {item.document!r}: {exc}; {hint}") from exc
+
+    def _hello(self) -> wire.Hello:
+        return wire.Hello(
+            wire.PROTOCOL_MIN,
+            wire.PROTOCOL_MAX,
+            self._writer,
+            self._session,
+            self.agent,
+            self.role,
+            self.address,
+        )
+
+    def _check_usable(self) -> None:
+        if self._state == "new":
+            raise ReplicaClosed(f"{self.agent}: not open; use it inside 'async with Replica(...)'")
+        if self._state == "closed":
+            raise ReplicaClosed(f"{self.agent}: closed")
+        if self._unsaved_bytes > self.config.unsaved_bytes:
+            assert self._store.failure is not None
+            raise StoreUnavailable(self._store.path or "memory", str(self._store.failure))
+
+    # Waiting
+
+    async def durable(self, timeout: float | None = None) -> None:
+        """Wait until everything written so far is committed, as `durability` says.
+
+        Raises:
+            StoreError: The store refuses to write. What was written stays in memory, and is saved
+                when the store works again.
+            WaitTimeout: It took longer than *timeout* seconds.
+        """
+        self._check_usable()
+        self._pump()
+        number = self._sync.persisted
+
+        def is_saved() -> bool:
+            if self._store.failure is not None:
+                raise self._store.failure
+            return self._sync.committed_number >= number
+
+        await self._until(is_saved, timeout, "the store to commit")
+
+    async def wait_for(self, version: Cut, timeout: float | None = None) -> None:
+        """Wait until this replica has taken in everything in *version*, another's token.
+
+        Raises:
+            WaitTimeout: It took longer than *timeout* seconds; it may still come.
+        """
+        if not isinstance(version, Cut):
+            raise UsageError("wait_for takes what replica.version() gave; see Cut.parse for text")
+
+        def is_here() -> bool:
+            return all(
+                wanted <= (document.version if (document := self.find(name)) else Version())
+                for name, wanted in version.items()
+            )
+
+        await self._until(is_here, timeout, "a version")
+
+    async def synced(self, timeout: float | None = None) -> None:
+        """Wait until every connected peer has committed what this replica has, and it what they
+        have. With `peers` given, at least one of them must be connected.
+
+        Raises:
+            WaitTimeout: It took longer than *timeout* seconds.
+        """
+
+        def is_synced() -> bool:
+            if self._open or (self._peer_urls and not self._sync.peers):
+                return False
+            return self._sync.is_synced()
+
+        await self._until(is_synced, timeout, "the peers")
+
+    async def _until(self, ready: Callable[[], bool], timeout: float | None, what: str) -> None:
+        self._check_usable()
+        self._pump()
+        if ready():
+            return
+        future: asyncio.Future[None] = self._loop.create_future()
+        waiter = (ready, future)
+        self._waiters.append(waiter)
+        try:
+            async with asyncio.timeout(timeout):
+                await future
+        except TimeoutError:
+            hints = "".join(f"; {url}: {why}" for url, why in self._unreachable.items())
+            raise WaitTimeout(
+                f"{self.agent}: waited {timeout} s for {what}, with {len(self._sync.peers)} peers "
+                f"connected{hints}"
+            ) from None
+        finally:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+
+    # Watching
+
+    def on(self, event: type[E], handler: Callable[[E], object]) -> Callable[[], None]:
+        """Call *handler* with every event of the type *event*, after it happened.
+
+        Handlers run on the event loop, one after the other. One that raises is logged and harms
+        nothing. Returns a function that ends it.
+        """
+        self._handlers.setdefault(event, []).append(handler)
+
+        def cancel() -> None:
+            handlers = self._handlers.get(event, [])
+            if handler in handlers:
+                handlers.remove(handler)
+            if not handlers:
+                self._handlers.pop(event, None)
+
+        return cancel
+
+    async def events(self, *types: type[Event]) -> AsyncIterator[Event]:
+        """Iterate over events of the given types (all, without any) from now on.
+
+        Who does not keep up misses the oldest, beyond `Config.events_max`.
+        """
+        queue: deque[Event] = deque(maxlen=int(self.config.events_max))
+        arrived = asyncio.Event()
+
+        def receive(event: Event) -> None:
+            queue.append(event)
+            arrived.set()
+
+        cancels = [self.on(kind, receive) for kind in types or (Event,)]
+        try:
+            while True:
+                while queue:
+                    yield queue.popleft()
+                arrived.clear()
+                await arrived.wait()
+        finally:
+            for cancel in cancels:
+                cancel()
+
+    # Looking
+
+    @property
+    def writer(self) -> int:
+        """Whose lane this replica writes: its number in versions."""
+        return self._writer
+
+    def peers(self) -> list[Peer]:
+        """The connected peers, by name."""
+        if self._state != "open":
+            return []
+        found = []
+        for link in self._sync.peers:
+            assert link.hello is not None
+            hello = link.hello
+            shell = self._links.get(link.peer)
+            queued = shell.outbox_bytes if shell else 0
+            lag = self._sync.lag(link.peer)
+            found.append(Peer(hello.agent, hello.writer, hello.role, hello.address, lag, queued))
+        return sorted(found, key=lambda peer: (peer.agent, peer.writer))
+
+    def unreachable(self) -> dict[str, str]:
+        """The addresses that are being dialled without success, and why."""
+        return dict(self._unreachable)
+
+    def status(self) -> dict[str, Any]:
+        """A summary of plain values, for people and monitoring."""
+        is_open = self._state == "open"
+        failure = self._store.failure if is_open else None
+        return {
+            "agent": self.agent,
+            "role": self.role,
+            "writer": f"{self._writer:x}",
+            "address": self.address,
+            "ready": is_open and failure is None,
+            "store": str(self._store_path) if self._store_path else None,
+            "store_failure": str(failure) if failure else None,
+            "peers": [peer.agent for peer in self.peers()],
+            "unreachable": self.unreachable(),
+            "documents": {name: version.total for name, version in sorted(self.versions())},
+            "conflicts": len(self.conflicts()) if is_open else 0,
+            "pending": self._sync.pending_count if is_open else 0,
+            "missing": self._sync.missing_count() if is_open else 0,
+        }
+
+    def __repr__(self) -> str:
+        if self._state != "open":
+            return f"<Replica {self.agent} {'not open' if self._state == 'new' else 'closed'}>"
+        peers, documents = len(self._sync.peers), len(self._documents)
+        return f"<Replica {self.agent} {peers} peers {documents} documents>"
+
+    # The pump
+
+    def _written(self) -> None:
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self._is_awake and self._state == "open":
+            self._is_awake = True
+            self._loop.call_soon(self._pump)
+
+    def _on_store_progress(self) -> None:
+        """Called by the store's threads."""
+        try:
+            self._loop.call_soon_threadsafe(self._wake)
+        except RuntimeError:
+            # The loop is closed, and with it the replica.
+            pass
+
+    def _pump(self) -> None:
+        """Seal what was written, let the core decide, do what it says."""
+        self._is_awake = False
+        if self._is_pumping or self._state != "open":
+            return
+        self._is_pumping = True
+        try:
+            if not self._is_store_busy():
+                self._seal_and_tell()
+            self._note_commits()
+            while effects := self._sync.effects():
+                self._carry_out(effects)
+                self._note_commits()
+            self._arm_timer()
+        finally:
+            self._is_pumping = False
+        self._check_waiters()
+        self._dispatch()
+
+    def _is_store_busy(self) -> bool:
+        """Whether plain writes should go on collecting, because a commit is under way."""
+        return bool(self._tickets) and self._store.failure is None
+
+    def _seal_and_tell(self) -> None:
+        sealed = self.take_sealed()
+        if not sealed:
+            return
+        self._sync.local_changes((change for change, _ in sealed), self._loop.time())
+        if self._has_observers():
+            for change, paths in sealed:
+                document = self._documents[change.document]
+                self._note_paths(document, paths, self.agent, local=True)
+
+    def _carry_out(self, effects: list[sync.Effect]) -> None:
+        batch: list[tuple[int, Entry]] = []
+        for effect in effects:
+            match effect:
+                case sync.Send(peer, frame):
+                    self._enqueue(peer, frame)
+                case sync.Persist(number, change):
+                    entry = Entry(change.document, change.writer, change.seq, change.data)
+                    batch.append((number, entry))
+                case sync.SaveSnapshot():
+                    self._append(batch)
+                    batch = []
+                    self._save(effect)
+                case sync.Delivered(document, _, paths, agent):
+                    if self._has_observers():
+                        self._note_paths(document, paths, agent, local=False)
+                case sync.Fetch(peer, name, ranges):
+                    self._fetch(peer, name, ranges)
+                case sync.HangUp(peer, code, reason):
+                    self._end_link(peer, code, reason)
+                case sync.Emit(event):
+                    self._emit(event)
+                case sync.Rebuild(name):
+                    self._append(batch)
+                    batch = []
+                    self._rebuild(name)
+                case sync.Reidentify(reason):
+                    self._append(batch)
+                    self._reidentify(reason)
+                    return
+        self._append(batch)
+
+    def _append(self, batch: list[tuple[int, Entry]]) -> None:
+        if batch:
+            ticket = self._store.append([entry for _, entry in batch])
+            self._tickets.append((ticket, batch[-1][0]))
+            if self._store.failure is not None:
+                self._unsaved_bytes += sum(len(entry.data) for _, entry in batch)
+
+    def _save(self, effect: sync.SaveSnapshot) -> None:
+        saved = Saved(effect.document, effect.version, effect.data)
+        self._store.compact(saved, int(self.config.log_bytes))
+        # An empty batch, whose ticket tells when the snapshot before it is committed.
+        self._tickets.append((self._store.append(()), effect.number))
+        self._sync.compacted(effect.document, self._store.floor(effect.document))
+
+    def _note_commits(self) -> None:
+        store = self._store
+        number = 0
+        while self._tickets and self._tickets[0][0] <= store.committed:
+            number = self._tickets.popleft()[1]
+        if number:
+            self._sync.committed(number, self._loop.time())
+        if not self._tickets:
+            self._unsaved_bytes = 0
+        failure = str(store.failure) if store.failure else None
+        if failure != self._failed:
+            self._failed = failure
+            self._emit(StoreFailed(failure) if failure else StoreRecovered())
+            if failure:
+                self._loop.call_later(STORE_RETRY, self._retry_store)
+
+    def _retry_store(self) -> None:
+        if self._state == "open" and self._store.failure is not None:
+            self._store.retry()
+            self._wake()
+            self._loop.call_later(STORE_RETRY, self._retry_store)
+
+    def _fetch(self, peer: int, name: str, ranges: tuple[tuple[int, int, int], ...]) -> None:
+        limit = int(self.config.answer_bytes)
+        try:
+            found, more = self._store.read(name, ranges, limit)
+        except CorruptStore as exc:
+            self._emit(StoreFailed(str(exc)))
+            return
+        self._sync.fetched(peer, found, more)
+
+    def _arm_timer(self) -> None:
+        at = self._sync.next_deadline()
+        if self._open and self._is_store_busy():
+            at = min(at, self._loop.time() + self.config.seal_delay)
+        if self._timer is not None:
+            if self._timer.when() == at and not self._timer.cancelled():
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(at, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        if now >= self._sync.next_deadline():
+            self._sync.tick(now)
+            self._adopt_closed()
+        elif self._transaction is None:
+            self._seal_open()
+        self._pump()
+
+    def _check_waiters(self) -> None:
+        for ready, future in list(self._waiters):
+            if future.done():
+                continue
+            try:
+                if ready():
+                    future.set_result(None)
+            except Exception as exc:
+                future.set_exception(exc)
+
+    # What happens seldom
+
+    def _rebuild(self, name: str) -> None:
+        """Load a document from the store again, because its engine failed."""
+        document = self._documents[name]
+        self.reload(document, self._writer, self._load_document)
+        self._sync.rebuilt(name, self._loop.time())
+        self._wake()
+
+    def _load_document(self, document: Document) -> None:
+        for item in self._store.load():
+            if item.document == document.name:
+                self._load(item, document)
+
+    def _reidentify(self, reason: str) -> None:
+        """Go on under a new writer, because peers know more of the present one than we do.
+
+        What was written since opening got dots that others use for something else. It is taken
+        out of the journal and written again, by the new writer.
+        """
+        old, new = self._writer, draw_writer(self._rng)
+        self._sealed.clear()
+        self._tickets.clear()
+        self._store.forget(old, self._base)
+        self._store.start(self.agent, new, self._on_store_progress)
+        self._writer = new
+        self._base = {}
+        for document in list(self._documents.values()):
+            self.reload(document, new, self._load_document)
+        self._sync.reidentified(self._hello(), dict(self.versions()), self._loop.time())
+        self._emit(IdentityRollback(old, new, reason))
+        self._wake()
+
+    def _adopt_closed(self) -> None:
+        """Adopt the lanes of own earlier writers once all their changes are here (L6)."""
+        if not self._closed_writers or not self._sync.peers or not self._sync.is_synced():
+            return
+        for writer in self._closed_writers:
+            if self._sync.has_all_of(writer) and self._transaction is None:
+                self.adopt(writer)
+        self._closed_writers.clear()
+
+    # Observers
+
+    def _has_observers(self) -> bool:
+        handlers = self._handlers
+        return bool(handlers) and any(
+            kind in handlers for kind in (Event, Changed, ConflictFound, ConflictResolved)
+        )
+
+    def _note_paths(
+        self, document: Document, paths: Iterable[str], agent: str, *, local: bool
+    ) -> None:
+        wants_changed = Changed in self._handlers or Event in self._handlers
+        for path in paths:
+            container, _, key = path.partition(SEPARATOR)
+            kind = container[:1]
+            if kind not in KINDS:
+                continue
+            if wants_changed:
+                self._emit(_changed(document, kind, container[1:], key, agent, local))
+            if kind in "mr":
+                self._note_conflict(document, kind, container, key, agent)
+
+    def _note_conflict(
+        self, document: Document, kind: str, container: str, key: str, agent: str
+    ) -> None:
+        place = (document.name, container + SEPARATOR + key)
+        contested = key in document.lanes.container(container).contested
+        if not contested and place not in self._contested:
+            return
+        name = container[1:]
+        view = Map(document, name) if kind == "m" else Register(document, name)
+        found = view.candidates_of(key) if contested else []
+        if found and place not in self._contested:
+            self._contested.add(place)
+            self._emit(ConflictFound(document.name, KINDS[kind], name, key, tuple(found)))
+        elif not found and place in self._contested:
+            self._contested.discard(place)
+            event = _changed(document, kind, name, key, agent, False)
+            self._emit(ConflictResolved(document.name, KINDS[kind], name, key, event.value, agent))
+
+    def _emit(self, event: Event) -> None:
+        log.debug("%s: %s", self.agent, event)
+        if self._handlers:
+            self._pending_events.append(event)
+            self._wake()
+
+    def _dispatch(self) -> None:
+        events, self._pending_events = self._pending_events, []
+        for event in events:
+            for kind in (type(event), Event):
+                for handler in list(self._handlers.get(kind, ())):
+                    try:
+                        handler(event)
+                    except Exception:
+                        log.exception("%s: a handler of %s failed", self.agent, kind.__name__)
+
+    # Connections
+
+    def _spawn(self, work: Any, name: str) -> None:
+        task: asyncio.Task[None] = self._loop.create_task(work, name=f"{self.agent}: {name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, connection: Connection) -> None:
+        if self._state == "open":
+            await self._run(connection, dialled=False)
+
+    async def _dial_for_ever(self, url: str) -> None:
+        pause = 0.0
+        while True:
+            if pause:
+                await asyncio.sleep(pause * (0.5 + self._rng.random() / 2))
+            pause = min(max(pause * 1.7, FIRST_PAUSE), self.config.reconnect_max)
+            try:
+                connection = await dial(url, timeout=DIAL_TIMEOUT)
+            except TransportError as exc:
+                log.debug("%s: %s", self.agent, exc)
+                self._unreachable[url] = str(exc)
+                continue
+            self._unreachable.pop(url, None)
+            started = self._loop.time()
+            link = await self._run(connection, dialled=True)
+            if link.writer == self._writer:
+                log.debug("%s: %s is this replica itself", self.agent, url)
+                return
+            if link.ending and link.ending[0] is wire.ByeCode.DUPLICATE:
+                await self._until(lambda link=link: self._is_only(link), None, "a peer")
+                pause = FIRST_PAUSE
+            elif self._loop.time() - started > 5:
+                pause = 0.0
+            self._unreachable[url] = link.ending[1] if link.ending else "the connection broke"
+
+    def _is_only(self, link: _Link) -> bool:
+        """Whether no other connection leads to the peer of *link*."""
+        return all(other.writer != link.writer for other in self._links.values())
+
+    async def _run(self, connection: Connection, *, dialled: bool) -> _Link:
+        """Serve one connection until it ends."""
+        peer, self._next_peer = self._next_peer, self._next_peer + 1
+        link = self._links[peer] = _Link(connection)
+        self._sync.peer_up(peer, self._loop.time(), dialled=dialled)
+        sender = self._loop.create_task(self._send_outbox(peer, link))
+        self._pump()
+        reason = "closed"
+        try:
+            while True:
+                self._receive(peer, link, await connection.receive())
+        except (TransportError, ProtocolError) as exc:
+            reason = str(exc)
+        finally:
+            sender.cancel()
+            connection.abort()
+            self._links.pop(peer, None)
+            self._link_ended.set()
+            if self._state == "open":
+                reason = link.ending[1] if link.ending else reason
+                self._sync.peer_down(peer, self._loop.time(), reason)
+                self._wake()
+        return link
+
+    def _receive(self, peer: int, link: _Link, data: bytes) -> None:
+        now = self._loop.time()
+        for frame in wire.decode_message(data):
+            if isinstance(frame, wire.Hello):
+                link.writer = frame.writer
+            self._sync.receive(peer, frame, now)
+        self._pump()
+
+    def _enqueue(self, peer: int, frame: bytes) -> None:
+        link = self._links.get(peer)
+        if link is None:
+            return
+        link.outbox.append(frame)
+        link.outbox_bytes += len(frame)
+        link.wake.set()
+        if link.outbox_bytes > self.config.outbox_bytes and not link.is_congested:
+            link.is_congested = True
+            self._sync.congested(peer)
+
+    async def _send_outbox(self, peer: int, link: _Link) -> None:
+        """Send what is queued, as much at a time as has collected."""
+        try:
+            while True:
+                while link.outbox:
+                    await link.connection.send(self._bundle(link))
+                    if link.is_congested and link.outbox_bytes < self.config.outbox_bytes / 4:
+                        link.is_congested = False
+                        self._sync.writable(peer, self._loop.time())
+                        self._wake()
+                if link.ending is not None:
+                    await link.connection.close(link.ending[1])
+                    return
+                link.wake.clear()
+                await link.wake.wait()
+        except TransportError:
+            # The reader notices too, and ends the link.
+            pass
+
+    def _bundle(self, link: _Link) -> bytes:
+        frames: list[bytes] = []
+        weight = 0
+        while link.outbox and weight < wire.BUNDLE_BYTES and len(frames) < wire.BUNDLE_FRAMES_MAX:
+            frame = link.outbox.popleft()
+            link.outbox_bytes -= len(frame)
+            weight += wire.weigh(frame)
+            frames.append(frame)
+        return wire.encode_message(frames)
+
+    def _end_link(self, peer: int, code: wire.ByeCode, reason: str, *, tell: bool = False) -> None:
+        link = self._links.get(peer)
+        if link is None:
+            return
+        if tell:
+            self._enqueue(peer, wire.encode_frame(wire.Bye(code, reason)))
+        link.ending = link.ending or (code, reason)
+        link.wake.set()
+
+
+def _changed(
+    document: Document, kind: str, name: str, key: str, agent: str, local: bool
+) -> Changed:
+    """What a path reads as now. A strategy that is not registered here reads as None."""
+    shown: Any = None
+    value: Any = None
+    try:
+        match kind:
+            case "m":
+                shown, value = key, Map(document, name).get(key)
+            case "r":
+                value = document.register(name).value
+            case "c":
+                value = document.counter(name).value
+            case "s":
+                shown = unpack_key(key)
+                value = True if shown in document.set(name) else None
+    except UsageError as exc:
+        log.warning("%s: %s", document.name, exc)
+    return Changed(document.name, KINDS[kind], name, shown, value, agent, local)

@@ -1,0 +1,234 @@
+"""
+Slots and cells: what the lanes of a document say about one path, and what follows from it.
+
+Pure values and functions: nothing here knows where slots are kept. `live_slots` is the one place
+that decides what is visible (invariant L2 of `lanes`); everything else asks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import msgpack
+
+from crdtstate import values
+from crdtstate.clock import SEQ_MAX, STAMP_MAX, WRITER_MAX, Dot
+from crdtstate.errors import InvalidUpdate
+
+SEPARATOR = "\0"
+"""Between container and key in a path; no container has it."""
+
+COVERS_MAX = 10_000
+"""Lanes that one slot may cover; more writers than that do not meet at one path."""
+
+NO_COVERS: Mapping[int, int] = {}
+
+
+class Slot(NamedTuple):
+    """What one lane says about one path.
+
+    Attributes:
+        value: The packed value, or None for a removal.
+        seq: The change of the lane's writer that wrote it.
+        stamp: When, by the writer's hybrid logical clock.
+        covers: The slots of other lanes that were visible here when it was written.
+        origin: The dot it was written under, if this lane adopted it from another.
+    """
+
+    value: bytes | None
+    seq: int
+    stamp: int
+    covers: Mapping[int, int] = NO_COVERS
+    origin: Dot | None = None
+
+    def encode(self) -> bytes:
+        parts: list[Any] = [self.value, self.seq, self.stamp]
+        if self.covers or self.origin:
+            parts.append([number for pair in self.covers.items() for number in pair])
+        if self.origin:
+            parts += self.origin
+        packed: bytes = _pack(parts)
+        return packed
+
+    @classmethod
+    def decode(cls, data: bytes) -> Slot:
+        """Read a slot that may come from anybody. Raises InvalidUpdate."""
+        try:
+            parts = msgpack.unpackb(data, use_list=False)
+        except Exception as exc:
+            raise InvalidUpdate(f"a slot is not valid msgpack: {exc}") from exc
+        if type(parts) is not tuple or len(parts) not in (3, 4, 6):
+            raise InvalidUpdate("a slot has the wrong shape")
+        value, seq, stamp = parts[:3]
+        if value is not None and type(value) is not bytes:
+            raise InvalidUpdate("a slot's value is not bytes")
+        _check_int(seq, 1, SEQ_MAX, "a slot's seq")
+        _check_int(stamp, 0, STAMP_MAX, "a slot's stamp")
+        if len(parts) == 3:
+            return cls(value, seq, stamp)
+        covers = _decode_covers(parts[3])
+        if len(parts) == 4:
+            return cls(value, seq, stamp, covers)
+        _check_int(parts[4], 1, WRITER_MAX, "a slot's origin")
+        _check_int(parts[5], 1, SEQ_MAX, "a slot's origin")
+        return cls(value, seq, stamp, covers, Dot(parts[4], parts[5]))
+
+
+_pack = msgpack.Packer(use_bin_type=True).pack
+
+
+def _check_int(number: object, low: int, high: int, what: str) -> None:
+    if type(number) is not int or not low <= number <= high:
+        raise InvalidUpdate(f"{what} is out of range")
+
+
+def _decode_covers(flat: object) -> Mapping[int, int]:
+    if type(flat) is not tuple or len(flat) % 2 or len(flat) > 2 * COVERS_MAX:
+        raise InvalidUpdate("a slot's covers have the wrong shape")
+    for writer in flat[::2]:
+        _check_int(writer, 1, WRITER_MAX, "a covered writer")
+    for seq in flat[1::2]:
+        _check_int(seq, 1, SEQ_MAX, "a covered seq")
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
+Cell = dict[int, Slot]
+"""The slots of one path: lane's writer -> slot."""
+
+
+def candidates(cell: Cell) -> list[tuple[int, Slot]]:
+    """The live slots of *cell* that hold a value, as (lane's writer, slot), oldest first."""
+    live = [pair for pair in live_slots(cell) if pair[1].value is not None]
+    if len(live) > 1:
+        live.sort(key=lambda pair: (pair[1].stamp, pair[0]))
+    return live
+
+
+def live_slots(cell: Cell) -> list[tuple[int, Slot]]:
+    """The slots of *cell* that no other covers, removals included (L2)."""
+    if len(cell) == 1:
+        return list(cell.items())
+    covered: dict[int, int] = {}
+    for writer, slot in cell.items():
+        for other, seq in slot.covers.items():
+            if seq > covered.get(other, 0):
+                covered[other] = seq
+        # What a lane says now replaces what it said before, wherever a copy of that is.
+        if slot.seq > covered.get(-writer, 0):
+            covered[-writer] = slot.seq
+    live: list[tuple[int, Slot]] = []
+    origins: set[Dot] = set()
+    for writer in sorted(cell):
+        slot = cell[writer]
+        if covered.get(writer, 0) >= slot.seq:
+            continue
+        origin = slot.origin
+        if origin is not None:
+            if covered.get(origin.writer, 0) >= origin.seq:
+                continue
+            if covered.get(-origin.writer, 0) >= origin.seq or origin in origins:
+                continue
+            origins.add(origin)
+        live.append((writer, slot))
+    return live
+
+
+def covering(cell: Cell, writer: int) -> Mapping[int, int]:
+    """The covers of a slot that *writer* writes now: all it sees in other lanes."""
+    covers: dict[int, int] = {}
+    for other, slot in cell.items():
+        if other != writer:
+            covers[other] = max(slot.seq, covers.get(other, 0))
+        # The original of an adopted slot goes too, also if somebody else adopted it as well.
+        origin = slot.origin
+        if origin is not None and origin.writer != writer:
+            covers[origin.writer] = max(origin.seq, covers.get(origin.writer, 0))
+    return covers or NO_COVERS
+
+
+class Container:
+    """The cells of one view, and which of them hold nothing or more than one value."""
+
+    __slots__ = ("cells", "dead", "contested", "is_counter")
+
+    def __init__(self, name: str) -> None:
+        self.cells: dict[str, Cell] = {}
+        self.dead: set[str] = set()
+        self.contested: set[str] = set()
+        # Every lane's totals of a counter count; there is nothing to choose from.
+        self.is_counter = name.startswith("c")
+
+    def update(self, key: str, writer: int, slot: Slot | None) -> None:
+        """Set or drop the slot of one lane."""
+        cell = self.cells.get(key)
+        if cell is None:
+            if slot is None:
+                return
+            cell = self.cells[key] = {}
+        if slot is None:
+            cell.pop(writer, None)
+            if not cell:
+                del self.cells[key]
+                self.dead.discard(key)
+                self.contested.discard(key)
+                return
+        else:
+            cell[writer] = slot
+        if len(cell) == 1 and slot is not None and slot.value is not None:
+            if self.dead:
+                self.dead.discard(key)
+            if self.contested:
+                self.contested.discard(key)
+        elif not self.is_counter:
+            self._judge(key, cell)
+
+    def _judge(self, key: str, cell: Cell) -> None:
+        count = len(candidates(cell))
+        (self.dead.discard if count else self.dead.add)(key)
+        (self.contested.add if count > 1 else self.contested.discard)(key)
+
+    def keys(self) -> Iterator[str]:
+        """The keys that hold a value."""
+        dead = self.dead
+        return (key for key in self.cells if key not in dead) if dead else iter(self.cells)
+
+    def __len__(self) -> int:
+        return len(self.cells) - len(self.dead)
+
+
+KINDS = frozenset("mcrs@")
+"""First letter of a container: map, counter, register, set, and what the document keeps itself."""
+
+
+def totals(slot: Slot) -> tuple[int, ...]:
+    """A counter slot's content: own up, own down, then (origin, up, down) of adopted lanes."""
+    try:
+        flat = values.unpack(slot.value or b"")
+    except Exception as exc:
+        raise InvalidUpdate(f"a counter's totals are malformed: {exc}") from exc
+    if (
+        type(flat) is not list
+        or len(flat) % 3 != 2
+        or not all(type(number) is int and number >= 0 for number in flat)
+    ):
+        raise InvalidUpdate("a counter's totals have the wrong shape")
+    return tuple(flat)
+
+
+def filed(flat: tuple[int, ...], lane: int) -> dict[int, tuple[int, int]]:
+    """Counter totals as origin writer -> (up, down)."""
+    found = {lane: (flat[0], flat[1])}
+    for at in range(2, len(flat), 3):
+        found[flat[at]] = (flat[at + 1], flat[at + 2])
+    return found
+
+
+def contains_totals(mine: tuple[int, ...], other: tuple[int, ...], owner: int) -> bool:
+    """Whether *mine* files everything that *other*, of the lane *owner*, counts."""
+    have = filed(mine, 0)
+    return all(
+        have.get(origin, (-1, -1))[0] >= up and have[origin][1] >= down
+        for origin, (up, down) in filed(other, owner).items()
+        if up or down
+    )

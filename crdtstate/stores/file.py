@@ -1,0 +1,406 @@
+"""
+The journal's file: its format, its checksums, its owner, and how to tell that it is damaged.
+
+An SQLite file of four tables: documents (names for numbers), the journal (changes, in the order
+of delivery), snapshots (one per document, with the floor) and epochs (one per session). Damage
+is found, never returned as data: pages carry a checksum (SQLite's checksum VFS), changes a
+CRC-32, snapshots a SHA-256. Only the rotten tail of a WAL goes unnoticed; peers notice it.
+
+A file has one owner at a time, by a lock beside it (``<path>.lock``); others may read it. The
+owner must never open() the file itself: closing any descriptor of it drops SQLite's locks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import apsw
+import apsw.sqlite_extra
+import msgpack
+
+from crdtstate.clock import Version
+from crdtstate.errors import CorruptStore, StoreError, StoreLocked, StoreUnavailable
+from crdtstate.stores import Entry, Saved, Session
+from crdtstate.stores.index import DocumentIndex
+
+APPLICATION_ID = 0x43524454  # "CRDT"
+
+MIGRATIONS: tuple[str, ...] = (
+    """
+    PRAGMA application_id = 0x43524454;
+    CREATE TABLE document(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE) STRICT;
+    CREATE TABLE journal(
+        id INTEGER PRIMARY KEY, document INTEGER NOT NULL, writer INTEGER NOT NULL,
+        seq INTEGER NOT NULL, crc INTEGER NOT NULL, data BLOB NOT NULL) STRICT;
+    CREATE TABLE snapshot(
+        document INTEGER PRIMARY KEY, version BLOB NOT NULL, floor BLOB NOT NULL,
+        sha256 BLOB NOT NULL, data BLOB NOT NULL) STRICT;
+    CREATE TABLE epoch(
+        id INTEGER PRIMARY KEY, agent TEXT NOT NULL, writer INTEGER NOT NULL,
+        opened_ms INTEGER NOT NULL, boot TEXT, place TEXT NOT NULL,
+        power_safe INTEGER NOT NULL, clean INTEGER NOT NULL DEFAULT 0) STRICT;
+    """,
+)
+"""Each brings a file from one schema to the next; a new file has schema 0. Only append to it."""
+
+Row = tuple[Any, ...]
+
+_fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS lacks fdatasync.
+
+
+class Host:
+    """What a journal asks of the operating system besides SQLite. Tests bring their own."""
+
+    vfs = "cksmvfs"
+    has_shared_memory = True
+    """Without it, the WAL's index is private to a connection, so there can be only one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None
+        self._wal: int | None = None
+
+    def lock(self) -> None:
+        """Become the file's owner, or raise."""
+        if self.path.is_dir():
+            raise StoreUnavailable(self.path, "this is a directory; name a file in it")
+        lock = Path(f"{self.path}.lock")
+        try:
+            self._lock = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self._lock, 0)
+            os.write(self._lock, b"%d" % os.getpid())
+        except BlockingIOError:
+            self.release()
+            reason = f"process {lock.read_text() or '?'} has it open and holds {lock.name}"
+            raise StoreLocked(self.path, f"{reason}; close it there, or use another file") from None
+        except (FileNotFoundError, NotADirectoryError):
+            reason = f"there is no directory {lock.parent}; create it first"
+            raise StoreUnavailable(self.path, reason) from None
+        except OSError as exc:
+            self.release()
+            reason = f"cannot write {lock} ({exc.strerror}); make its directory writable"
+            raise StoreUnavailable(self.path, reason) from exc
+
+    def release(self) -> None:
+        """Give up ownership. Idempotent."""
+        for descriptor in (self._wal, self._lock):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._wal = self._lock = None
+
+    def boot(self) -> str | None:
+        """What changes when the machine reboots; None where nobody can tell."""
+        try:
+            return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        except OSError:
+            return None
+
+    def place(self) -> str:
+        """What changes when the file is copied, moved or restored."""
+        found = self.path.stat()
+        return f"{found.st_dev}:{found.st_ino}:{self.path}"
+
+    def sync_wal(self) -> None:
+        """Bring what is committed to the disk, while more is being committed."""
+        if self._wal is None:
+            self._wal = os.open(f"{self.path}-wal", os.O_RDONLY)
+        _fdatasync(self._wal)
+
+    def sync_directory(self) -> None:
+        """Bring the names of new files to the disk."""
+        _sync(self.path.parent)
+
+
+def connect(
+    path: str | Path,
+    vfs: str = Host.vfs,
+    flags: int = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE,
+) -> apsw.Connection:
+    """Open the file. Nothing is read yet, so nothing is checked yet."""
+    if vfs not in apsw.vfs_names():
+        default = apsw.vfs_names()[0]
+        with closing(apsw.Connection(":memory:")) as db:
+            apsw.sqlite_extra.load(db, "cksumvfs")
+        apsw.set_default_vfs(default)  # Loading made it the default of the whole process.
+    return apsw.Connection(str(path), flags=flags, vfs=vfs)
+
+
+def migrate(db: apsw.Connection, path: Path, steps: Sequence[str] = MIGRATIONS) -> None:
+    """
+    Bring a file to the newest schema, from none or from that of an older crdtstate.
+
+    An older file is first copied to ``<name>.pre-v<schema>.db``.
+
+    Raises:
+        StoreError: The schema is newer than *steps* lead to.
+        CorruptStore: The file is not a store.
+        StoreUnavailable: The file cannot be written.
+    """
+    _check_is_ours(db, path)
+    if db.readonly("main"):
+        raise StoreUnavailable(path, "the file is read-only; make it writable")
+    schema = db.pragma("user_version")
+    if schema > len(steps):
+        reason = f"a newer crdtstate wrote it (schema {schema}, this one knows {len(steps)})"
+        raise StoreError(path, f"{reason}; upgrade crdtstate")
+    # EXTRA also syncs the directory. Without it a power cut can bring back the rollback journal
+    # of this transaction, or of the switch to WAL, and SQLite would undo what came after it.
+    db.pragma("synchronous", "EXTRA")
+    if schema == 0:
+        db.reserve_bytes("main", 8)  # For the checksum of each page.
+    elif schema < len(steps):
+        _back_up(db, path.with_name(f"{path.stem}.pre-v{len(steps)}{path.suffix}"))
+    if schema < len(steps):
+        db.execute("BEGIN IMMEDIATE")
+        for step in steps[schema:]:
+            db.execute(step)
+        db.pragma("user_version", len(steps))
+        db.execute("COMMIT")
+    if db.pragma("journal_mode", "WAL") != "wal":
+        raise StoreUnavailable(path, "its file system cannot share memory; use a local disk")
+
+
+def _check_is_ours(db: apsw.Connection, path: str | Path) -> None:
+    application = db.pragma("application_id")
+    if application == APPLICATION_ID:
+        return
+    if application or db.execute("SELECT 1 FROM sqlite_schema").fetchone():
+        reason = f"this is another program's SQLite file (application_id {application:#x})"
+        raise CorruptStore(path, f"{reason}; use another file")
+
+
+def _back_up(db: apsw.Connection, copy: Path) -> None:
+    partial = copy.with_name(f"{copy.name}.partial")
+    partial.unlink(missing_ok=True)
+    db.execute("VACUUM INTO ?", (str(partial),))
+    _sync(partial)
+    partial.replace(copy)
+    _sync(copy.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# Reading
+
+
+def read_session(db: apsw.Connection, host: Host) -> Session:
+    """Return what the newest epoch tells of the store's last user."""
+    last = db.execute(
+        """SELECT agent, writer, clean, boot, place, power_safe
+        FROM epoch ORDER BY id DESC LIMIT 1"""
+    ).fetchone()
+    if last is None:
+        return Session(None, None, False, False, False, False)
+    agent, writer, clean, boot, place, power_safe = last
+    same_boot = boot is not None and boot == host.boot()
+    same_file = place == host.place()
+    return Session(agent, writer, bool(clean), same_boot, same_file, bool(power_safe))
+
+
+def read_indexes(
+    db: apsw.Connection, path: str
+) -> tuple[dict[str, DocumentIndex], array[int], int]:
+    """Return the index of each document, the rows under the floors, and the newest row."""
+    indexes: dict[str, DocumentIndex] = {}
+    by_number: dict[int, DocumentIndex] = {}
+    versions: dict[int, Version] = {}
+    garbage, newest = array("Q"), 0
+    for number, name, version, floor in db.execute(
+        """SELECT document.id, name, version, floor
+        FROM document LEFT JOIN snapshot ON snapshot.document = document.id"""
+    ):
+        index = indexes[name] = by_number[number] = DocumentIndex(number)
+        if floor is not None:
+            versions[number] = unpacked(version)
+            index.start_at(unpacked(floor))
+    for newest, number, writer, seq, size in db.execute(
+        "SELECT id, document, writer, seq, length(data) FROM journal ORDER BY id"
+    ):
+        if number not in by_number:
+            raise damage(path, f"table journal, row {newest}, document number {number}")
+        index = by_number[number]
+        if seq == index.newest(writer) + 1:
+            index.add(writer, seq, newest, size)
+        elif writer in index.writers and seq < index.writers[writer].first:
+            garbage.append(newest)
+        else:
+            gap = f"change {seq} after {index.newest(writer)}"
+            raise damage(path, f"table journal, row {newest}, {gap}")
+    for number, version in versions.items():
+        by_number[number].contain(version)
+    return indexes, garbage, newest
+
+
+def snapshots(db: apsw.Connection) -> Iterator[tuple[Saved, bool]]:
+    """Yield all snapshots, and whether they are intact."""
+    for name, version, floor, stored, data in db.execute(
+        """SELECT name, version, floor, sha256, data
+        FROM snapshot LEFT JOIN document ON snapshot.document = document.id"""
+    ):
+        is_intact = stored == digest(name, version, floor, data)
+        yield Saved(name, unpacked(version) if is_intact else Version(), data), is_intact
+
+
+def changes(db: apsw.Connection) -> Iterator[tuple[int, Entry, bool]]:
+    """Yield row, entry and whether it is intact, in the order of delivery."""
+    names: dict[int, str] = dict(db.execute("SELECT id, name FROM document"))
+    for row, number, writer, seq, crc, data in db.execute(
+        "SELECT id, document, writer, seq, crc, data FROM journal ORDER BY id"
+    ):
+        entry = Entry(names.get(number, ""), writer, seq, data)
+        yield row, entry, crc == checksum(entry.document, writer, seq, data)
+
+
+def checksum(document: str, writer: int, seq: int, data: bytes) -> int:
+    """The CRC of a change; covers whose and which it is."""
+    return zlib.crc32(data, _checksum_of_origin(document, writer) ^ seq)
+
+
+@lru_cache(4096)
+def _checksum_of_origin(document: str, writer: int) -> int:
+    return zlib.crc32(f"{writer} {document}".encode())
+
+
+def digest(document: str | None, version: bytes, floor: bytes, data: bytes) -> bytes:
+    """The SHA-256 of a snapshot; covers whose and which it is."""
+    return sha256(msgpack.packb([document, version, floor]) + data).digest()
+
+
+def packed(version: Version) -> bytes:
+    """A version as a column has it."""
+    return bytes(msgpack.packb(version.flat()))
+
+
+def unpacked(column: bytes) -> Version:
+    """The inverse of `packed`."""
+    return Version.from_flat(msgpack.unpackb(column))
+
+
+# Verifying
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What `verify` found. The store is sound if there are no problems."""
+
+    documents: int
+    snapshots: int
+    changes: int
+    bytes: int
+    """Of the contents of snapshots and changes."""
+    problems: list[str]
+
+
+def verify(path: str | Path) -> Verification:
+    """
+    Read a whole store and report what is damaged. Its owner may go on using it meanwhile.
+
+    Writes nothing to the file; SQLite may leave an empty ``-wal`` and a ``-shm`` beside it.
+
+    Raises:
+        StoreUnavailable: There is no such file, or it cannot be read.
+    """
+    if not Path(path).is_file():
+        raise StoreUnavailable(path, "there is no such file")
+    problems: list[str] = []
+    count: Counter[str] = Counter()
+    with translated(path):
+        db = connect(path, flags=apsw.SQLITE_OPEN_READONLY)
+    with closing(db):
+        for check in (_page_problems, _snapshot_problems, _change_problems, _gap_problems):
+            try:
+                for problem in check(db, str(path), count):
+                    problems.append(problem)
+            except (apsw.Error, StoreError) as exc:
+                problems.append(store_error(path, exc).reason)
+    return Verification(
+        count["documents"], count["snapshots"], count["changes"], count["bytes"], problems
+    )
+
+
+def _page_problems(db: apsw.Connection, path: str, count: Counter[str]) -> Iterator[str]:
+    _check_is_ours(db, path)
+    db.execute("BEGIN")  # All checks see one state, whatever the owner writes meanwhile.
+    yield from (line for (line,) in db.execute("PRAGMA quick_check") if line != "ok")
+
+
+def _snapshot_problems(db: apsw.Connection, path: str, count: Counter[str]) -> Iterator[str]:
+    for saved, is_intact in snapshots(db):
+        count["snapshots"] += 1
+        count["bytes"] += len(saved.data)
+        if not is_intact:
+            yield f"table snapshot, document {saved.document!r}: wrong SHA-256"
+
+
+def _change_problems(db: apsw.Connection, path: str, count: Counter[str]) -> Iterator[str]:
+    for row, entry, is_intact in changes(db):
+        count["changes"] += 1
+        count["bytes"] += len(entry.data)
+        if not is_intact:
+            yield f"table journal, row {row}, document {entry.document!r}: wrong CRC"
+
+
+def _gap_problems(db: apsw.Connection, path: str, count: Counter[str]) -> Iterator[str]:
+    indexes, _, _ = read_indexes(db, path)
+    count["documents"] = len(indexes)
+    yield from ()
+
+
+# Errors
+
+
+@contextmanager
+def translated(path: str | Path) -> Iterator[None]:
+    """Raise SQLite's and the system's errors as `StoreError`."""
+    try:
+        yield
+    except (apsw.Error, OSError) as exc:
+        raise store_error(path, exc) from exc
+
+
+def damage(path: str | Path, where: str) -> CorruptStore:
+    """The error for damaged data at *where*."""
+    return CorruptStore(
+        path,
+        f"{where} is damaged. Run 'crdtstate verify {path}' for the extent, then move the file "
+        "away: a new one fills from the peers",
+    )
+
+
+def store_error(path: str | Path, exc: Exception) -> StoreError:
+    """What *exc* means for the store, and what to do."""
+    match exc:
+        case StoreError():
+            return exc
+        case apsw.NotADBError():
+            return CorruptStore(path, "this is not an SQLite file, or its header is damaged")
+        case apsw.CorruptError():
+            return damage(path, f"an SQLite page ({exc})")
+        case apsw.IOError() if getattr(exc, "extendedresult", 0) == apsw.SQLITE_IOERR_DATA:
+            return damage(path, "a page (wrong checksum)")
+        case apsw.FullError():
+            return StoreUnavailable(path, "the disk is full; free some space")
+        case apsw.BusyError() | apsw.LockedError():
+            return StoreUnavailable(path, "another program is writing to it; end that program")
+        case apsw.ReadOnlyError():
+            return StoreUnavailable(path, "read-only; make the file and its directory writable")
+        case _:
+            return StoreUnavailable(path, f"{type(exc).__name__}: {exc}; check the disk")

@@ -1,0 +1,84 @@
+"""
+A store that lasts as long as its process: for relays without a file, and for tests.
+
+It keeps the contract of `Store` to the letter, except that nothing ever waits or fails: what
+is appended is committed and synced at once. It takes as much memory as what it keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from crdtstate.clock import Version
+from crdtstate.stores import Entry, Saved, Session
+from crdtstate.stores.index import NO_CHANGES, DocumentIndex
+
+
+class MemoryStore:
+    """A store in memory. It has no last user, so its session is empty."""
+
+    def __init__(self) -> None:
+        self.path: str | None = None
+        self.session = Session(None, None, False, False, False, False)
+        self.committed = 0
+        self.synced = 0
+        self.failure: Exception | None = None
+        self._rows: dict[int, Entry] = {}  # In the order of delivery.
+        self._last_row = 0
+        self._indexes: dict[str, DocumentIndex] = {}
+        self._saved: dict[str, Saved] = {}
+
+    def start(self, agent: str, writer: int, on_progress: Callable[[], None]) -> None:
+        """Nothing to do: there will be no next session, and nothing happens outside of calls."""
+
+    def close(self, *, clean: bool = True) -> None:
+        """Nothing to do."""
+
+    # Reading
+
+    def load(self) -> Iterator[Saved | Entry]:
+        """Yield all snapshots, then the newer entries, in the order of delivery."""
+        saved, entries = self._saved.copy(), list(self._rows.values())
+        yield from saved.values()
+        for entry in entries:
+            snapshot = saved.get(entry.document)
+            if snapshot is None or not snapshot.version.covers((entry.writer, entry.seq)):
+                yield entry
+
+    def read(
+        self, document: str, ranges: Sequence[tuple[int, int, int]], size_max: int
+    ) -> tuple[list[bytes], bool]:
+        """Return the changes of *ranges*, in the order of delivery, as far as they fit."""
+        found, more = self._indexes.get(document, NO_CHANGES).find(ranges, size_max)
+        return [self._rows[row].data for row, _, _ in found], more
+
+    def floor(self, document: str) -> Version:
+        """Up to which change of each writer the journal has forgotten."""
+        return self._indexes.get(document, NO_CHANGES).floor()
+
+    def size(self, document: str) -> int:
+        """Bytes of changes that the document's snapshot does not contain."""
+        return self._indexes.get(document, NO_CHANGES).size
+
+    # Writing
+
+    def append(self, entries: Sequence[Entry]) -> int:
+        """Keep *entries* and return the ticket."""
+        for entry in entries:
+            self._last_row += 1
+            index = self._indexes.setdefault(entry.document, DocumentIndex())
+            index.add(entry.writer, entry.seq, self._last_row, len(entry.data))
+            self._rows[self._last_row] = entry
+        self.committed += 1
+        self.synced += 1
+        return self.committed
+
+    def retry(self) -> None:
+        """Nothing to do: nothing fails."""
+
+    def compact(self, saved: Saved, keep_bytes: int) -> None:
+        """Keep *saved* as the document's snapshot and forget old changes that it contains."""
+        index = self._indexes.setdefault(saved.document, DocumentIndex())
+        for row in index.compact(saved.version, keep_bytes):
+            del self._rows[row]
+        self._saved[saved.document] = saved

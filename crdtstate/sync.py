@@ -1,0 +1,1126 @@
+"""
+The sync core: what to say to whom, and when. Sans-I/O.
+
+One state machine serves agent, relay and simulator. The shell feeds it (`peer_up`, `receive`,
+`local_changes`, `committed`, `tick`, ...) with the time as an argument, then takes `effects()` in
+order, carries them out, and calls `tick` at `next_deadline()`. Nothing here knows a clock, a
+socket or a disk.
+
+How it works. A change is *delivered* to its document once everything it builds on is there (L5 of
+`lanes`); until then it is *pending*, in memory, bounded. A delivered change is persisted and sent
+on to every peer that may lack it: not to the one it came from, nor to that one's neighbours, which
+have it from there. A *local* change leaves only after it was committed. HAVE tells a peer what is
+committed here: announcement, acknowledgement and digest in one. What a HAVE shows to be missing,
+and does not come by itself, is asked for with WANT. Below the log's floor a WANT is answered by a
+snapshot at exactly the delivered version, which is joined, never put in place of what is there.
+
+Every frame may be lost: HAVE heals it. Heartbeats carry a fingerprint of all that is committed;
+three that differ in a row make a full HAVE, so the protocol heals also what a bug broke
+("self-stabilising": Dijkstra 1974). The rules kept here, asserted and checked by simulation:
+
+S1  A local change is committed before its first byte leaves (journal before send).
+S2  HAVE names only what is committed.
+S3  A snapshot holds exactly its version, and no local change that is not committed.
+S4  floor <= version, and every change in (floor, version] can be had from the log.
+S5  Each change is delivered once, after all it builds on.
+S6  What waits is bounded: pending changes, downloads, cached snapshots, each peer's share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from crdtstate import wire
+from crdtstate.change import Change, Snapshot, decode_change
+from crdtstate.clock import Dot, Version
+from crdtstate.config import Config
+from crdtstate.document import Document, EngineFailure
+from crdtstate.documents import DOCUMENTS_MAX, DocumentSet
+from crdtstate.errors import InvalidUpdate, ProtocolError
+from crdtstate.events import (
+    ClockSkew,
+    DocumentRebuilt,
+    Event,
+    PeerConnected,
+    PeerDisconnected,
+    PeerRejected,
+    SnapshotReceived,
+)
+
+CHANGES_FRAME_BYTES = 256 * 1024
+MISMATCHES_MAX = 3
+SNAPSHOTS_CACHED = 4
+SNAPSHOT_AGE_MAX = 30.0
+CHUNKS_AHEAD = 8
+DOWNLOAD_STALL = 5.0
+DOWNLOAD_TRIES = 4
+QUARANTINE_MAX = 1000
+STRIKES_MAX = 20
+_EMPTY = Version()
+
+
+# What the shell has to do
+
+
+class Send(NamedTuple):
+    """Send an encoded frame to a peer."""
+
+    peer: int
+    frame: bytes
+
+
+class Persist(NamedTuple):
+    """Append a change to the store; then call `Sync.committed` with *number*."""
+
+    number: int
+    change: Change
+
+
+class SaveSnapshot(NamedTuple):
+    """Keep a snapshot in the store, after all that was persisted before; then call
+    `Sync.committed` with *number* and `Sync.compacted` with the new floor."""
+
+    number: int
+    document: str
+    version: Version
+    data: bytes
+
+
+class Fetch(NamedTuple):
+    """Read changes from the store and hand them to `Sync.fetched`."""
+
+    peer: int
+    document: str
+    ranges: tuple[tuple[int, int, int], ...]
+
+
+class HangUp(NamedTuple):
+    """Close a connection, after what was sent; then call `Sync.peer_down`."""
+
+    peer: int
+    code: wire.ByeCode
+    reason: str
+
+
+class Delivered(NamedTuple):
+    """Content changed: tell observers. *change* is None when a snapshot brought it."""
+
+    document: Document
+    change: Change | None
+    paths: list[str]
+    agent: str
+
+
+class Rebuild(NamedTuple):
+    """A document's engine failed: load it from the store, then call `Sync.rebuilt`."""
+
+    document: str
+
+
+class Reidentify(NamedTuple):
+    """This writer's history is known elsewhere beyond ours: go on under another writer."""
+
+    reason: str
+
+
+class Emit(NamedTuple):
+    """Tell the user."""
+
+    event: Event
+
+
+Effect = Send | Persist | SaveSnapshot | Fetch | HangUp | Delivered | Rebuild | Reidentify | Emit
+
+
+@dataclass(slots=True)
+class _Ledger:
+    """What the core knows of one document beside the document itself."""
+
+    committed: Version = field(default_factory=Version)
+    floor: Version = field(default_factory=Version)
+    # Bytes persisted since the snapshot, and the size of that.
+    log_bytes: int = 0
+    snapshot_bytes: int = 0
+    # Peers that wait for a snapshot until own changes in it are committed (S3).
+    asked: set[int] = field(default_factory=set)
+    tidy_at: float | None = None
+
+
+@dataclass(slots=True)
+class _Missing:
+    """A peer announced changes of a writer that are not here."""
+
+    target: int
+    due: float
+    tries: int = 0
+
+
+@dataclass(slots=True)
+class _Download:
+    """A snapshot on its way in."""
+
+    peer: int
+    digest: bytes
+    size: int
+    at: float
+    data: bytearray = field(default_factory=bytearray)
+    asked: int = 0
+    tries: int = 0
+
+
+@dataclass(slots=True)
+class _Link:
+    """One connection, and what is known of whoever is on the other side."""
+
+    peer: int
+    dialled: bool
+    heard: float
+    hello: wire.Hello | None = None
+    # It has told us all it has; before, it might know more of our writer than we do.
+    is_greeted: bool = False
+    is_congested: bool = False
+    is_closing: bool = False
+    # Document -> what it has committed, by its HAVEs.
+    acked: dict[str, Version] = field(default_factory=dict)
+    # Document -> what it has at least in memory.
+    known: dict[str, Version] = field(default_factory=dict)
+    # Document -> writers whose committed seq it has not been told.
+    dirty: dict[str, set[int]] = field(default_factory=dict)
+    neighbours: frozenset[int] = frozenset()
+    told_neighbours: tuple[int, ...] | None = None
+    mismatches: int = 0
+    strikes: int = 0
+
+    @property
+    def agent(self) -> str:
+        return self.hello.agent if self.hello else f"connection {self.peer}"
+
+
+class Sync:
+    """The sync core of one replica.
+
+    Args:
+        documents: The documents; the core delivers into them.
+        hello: How this replica introduces itself.
+        config: Settings.
+        rng: For jitter and choices between equals.
+        now: The time, in seconds on any clock that does not run backwards.
+    """
+
+    def __init__(
+        self,
+        documents: DocumentSet,
+        hello: wire.Hello,
+        config: Config,
+        rng: random.Random,
+        now: float,
+    ) -> None:
+        self.documents = documents
+        self.hello = hello
+        self.config = config
+        self._rng = rng
+        self._now = now
+        self._ledgers: dict[str, _Ledger] = {}
+        self._links: dict[int, _Link] = {}
+        self._effects: list[Effect] = []
+        # Changes to send on with the next effects: (change, the link it came from).
+        self._outgoing: list[tuple[Change, _Link | None]] = []
+        # What was persisted and is not committed: (number, document, own change or None,
+        # writer and seq or a whole version).
+        self._uncommitted: deque[tuple[int, str, Change | None, Version | Dot]] = deque()
+        self._persisted = 0
+        # Pending changes by dot, and by the dot they wait for.
+        self._pending: dict[tuple[str, int, int], Change] = {}
+        self._waiting: dict[tuple[str, int, int], list[tuple[str, int, int]]] = {}
+        self._pending_bytes = 0
+        self._missing: dict[tuple[str, int], _Missing] = {}
+        self._downloads: dict[str, _Download] = {}
+        self._snapshots: OrderedDict[str, tuple[bytes, bytes, Version, float]] = OrderedDict()
+        # Changes that the engine failed on; never tried again.
+        self._quarantine: OrderedDict[tuple[str, int, int], None] = OrderedDict()
+        self._fingerprint = 0
+        self._is_reidentifying = False
+        # Deadlines; None while there is nothing to do.
+        self._beat_at = now + config.heartbeat * rng.random()
+        self._flush_at: float | None = None
+        self._want_at: float | None = None
+        self._download_at: float | None = None
+        self._tidy_at: float | None = None
+
+    # Looking
+
+    @property
+    def peers(self) -> list[_Link]:
+        """The connections whose other side is known."""
+        return [link for link in self._links.values() if link.hello and not link.is_closing]
+
+    def committed_version(self, document: str) -> Version:
+        """What of *document* is committed here."""
+        ledger = self._ledgers.get(document)
+        return ledger.committed.copy() if ledger else Version()
+
+    def floor(self, document: str) -> Version:
+        """Up to where the log of *document* is forgotten."""
+        ledger = self._ledgers.get(document)
+        return ledger.floor.copy() if ledger else Version()
+
+    def lag(self, peer: int) -> int:
+        """How many changes that are committed here the peer has not acknowledged."""
+        link = self._links[peer]
+        return sum(
+            max(0, seq - link.acked.get(name, _EMPTY).get(writer, 0))
+            for name, ledger in self._ledgers.items()
+            for writer, seq in ledger.committed.items()
+        )
+
+    def missing_count(self) -> int:
+        """How many changes peers have announced that are not delivered here."""
+        return sum(
+            max(0, wanted.target - self._version(name).get(writer, 0))
+            for (name, writer), wanted in self._missing.items()
+        )
+
+    @property
+    def pending_count(self) -> int:
+        """How many changes wait for others that they build on."""
+        return len(self._pending)
+
+    @property
+    def persisted(self) -> int:
+        """The number of the newest `Persist` or `SaveSnapshot`."""
+        return self._persisted
+
+    @property
+    def committed_number(self) -> int:
+        """Up to which of these numbers everything is committed."""
+        return self._uncommitted[0][0] - 1 if self._uncommitted else self._persisted
+
+    def is_synced(self) -> bool:
+        """Whether every connected peer has committed what we have, and we what they have."""
+        if self._uncommitted or any(link.hello is None for link in self._links.values()):
+            return False
+        for link in self.peers:
+            if not link.is_greeted:
+                return False
+            for name in self._ledgers.keys() | link.acked.keys():
+                mine, theirs = self.committed_version(name), link.acked.get(name, _EMPTY)
+                if not mine <= theirs or not theirs <= mine:
+                    return False
+        return True
+
+    def has_all_of(self, writer: int) -> bool:
+        """Whether all that connected peers know of *writer* is delivered here."""
+        return all(
+            acked.get(writer, 0) <= self._version(name).get(writer, 0)
+            for link in self.peers
+            for name, acked in link.acked.items()
+        )
+
+    def _version(self, document: str) -> Version:
+        found = self.documents.find(document)
+        return found.version if found else _EMPTY
+
+    def next_deadline(self) -> float:
+        """When to call `tick` at the latest."""
+        times = (self._flush_at, self._want_at, self._download_at, self._tidy_at)
+        return min([self._beat_at, *(at for at in times if at is not None)])
+
+    # Starting
+
+    def restore(self, document: str, version: Version, floor: Version) -> None:
+        """Take note of a document that was loaded from the store at *version*."""
+        ledger = self._ledger(document)
+        self._commit(ledger, document, version)
+        ledger.floor = floor.copy()
+
+    # Connections
+
+    def peer_up(self, peer: int, now: float, *, dialled: bool) -> None:
+        """A connection stands; *peer* is any new number for it."""
+        self._now = now
+        self._links[peer] = _Link(peer, dialled, now)
+        self._send(peer, self.hello)
+
+    def peer_down(self, peer: int, now: float, reason: str = "closed") -> None:
+        """A connection is gone, whoever ended it."""
+        self._now = now
+        link = self._links.pop(peer, None)
+        if link is None:
+            return
+        if link.hello is not None:
+            event = PeerDisconnected(link.hello.agent, link.hello.writer, reason)
+            self._effects.append(Emit(event))
+        for ledger in self._ledgers.values():
+            ledger.asked.discard(peer)
+
+    def congested(self, peer: int) -> None:
+        """Too much waits for this peer: queue no more live changes for it."""
+        if peer in self._links:
+            self._links[peer].is_congested = True
+
+    def writable(self, peer: int, now: float) -> None:
+        """The peer caught up with what was queued; it will pull what it lacks."""
+        self._now = now
+        link = self._links.get(peer)
+        if link is not None and link.is_congested:
+            link.is_congested = False
+            self._arm_flush()
+
+    # Local changes
+
+    def local_changes(self, changes: Iterable[Change], now: float) -> None:
+        """Own changes were sealed: persist them; they leave once they are committed (S1)."""
+        self._now = now
+        for change in changes:
+            assert change.writer == self.hello.writer, f"{change!r} is of another writer"
+            self._persist(change, change)
+
+    def committed(self, number: int, now: float) -> None:
+        """Everything persisted up to *number* is committed."""
+        self._now = now
+        touched: set[str] = set()
+        while self._uncommitted and self._uncommitted[0][0] <= number:
+            _, name, own, what = self._uncommitted.popleft()
+            ledger = self._ledger(name)
+            self._commit(ledger, name, what if isinstance(what, Version) else {what[0]: what[1]})
+            touched.add(name)
+            if own is not None:
+                self._outgoing.append((own, None))
+        for name in sorted(touched):
+            self._serve_asked(name)
+            self._maybe_compact(name)
+
+    def _persist(self, change: Change, own: Change | None) -> None:
+        self._persisted += 1
+        self._effects.append(Persist(self._persisted, change))
+        self._uncommitted.append((self._persisted, change.document, own, change.dot))
+        self._ledger(change.document).log_bytes += len(change.data)
+
+    def _commit(self, ledger: _Ledger, name: str, version: Version | dict[int, int]) -> None:
+        """Count *version* as committed, and tell peers soon (S2)."""
+        committed = ledger.committed
+        salt = _salt(name)
+        for writer, seq in version.items():
+            before = committed.get(writer, 0)
+            if seq <= before:
+                continue
+            if before:
+                self._fingerprint ^= _mix(salt, writer, before)
+            self._fingerprint ^= _mix(salt, writer, seq)
+            committed[writer] = seq
+            for link in self._links.values():
+                link.dirty.setdefault(name, set()).add(writer)
+        if self._links:
+            self._arm_flush()
+
+    # Receiving
+
+    def receive(self, peer: int, frame: wire.Frame, now: float) -> None:
+        """Take in one frame from *peer*. Never raises for what a peer sent."""
+        self._now = now
+        link = self._links.get(peer)
+        if link is None or link.is_closing:
+            return
+        link.heard = now
+        if link.hello is None and not isinstance(frame, (wire.Hello, wire.Bye)):
+            self._hang_up(link, wire.ByeCode.PROTOCOL, "a frame before Hello")
+            return
+        try:
+            self._handle(link, frame)
+        except ProtocolError as exc:
+            self._strike(link, str(exc))
+
+    def _handle(self, link: _Link, frame: wire.Frame) -> None:
+        match frame:
+            case wire.Changes():
+                self._on_changes(link, frame)
+            case wire.Have():
+                self._on_have(link, frame)
+            case wire.Heartbeat():
+                self._on_heartbeat(link, frame)
+            case wire.Want():
+                self._on_want(link, frame)
+            case wire.Hello():
+                self._on_hello(link, frame)
+            case wire.Offer():
+                self._on_offer(link, frame)
+            case wire.Get():
+                self._on_get(link, frame)
+            case wire.Chunk():
+                self._on_chunk(link, frame)
+            case wire.Busy():
+                self._on_busy(frame)
+            case wire.Bye():
+                link.is_closing = True
+                code = _bye_code(frame.code)
+                self._effects.append(HangUp(link.peer, code, f"they said: {frame.reason}"))
+
+    def _strike(self, link: _Link, reason: str) -> None:
+        """A peer broke a rule. What it sent is dropped; if it goes on, so is the connection."""
+        link.strikes += 1
+        self._effects.append(Emit(PeerRejected(link.agent, reason)))
+        if link.strikes >= STRIKES_MAX:
+            self._hang_up(link, wire.ByeCode.PROTOCOL, reason)
+
+    def _hang_up(self, link: _Link, code: wire.ByeCode, reason: str) -> None:
+        if not link.is_closing:
+            link.is_closing = True
+            self._send(link.peer, wire.Bye(code, reason[:200]))
+            self._effects.append(HangUp(link.peer, code, reason))
+
+    def _on_hello(self, link: _Link, hello: wire.Hello) -> None:
+        if link.hello is not None:
+            raise ProtocolError("a second Hello")
+        mine = self.hello
+        if hello.proto_min > wire.PROTOCOL_MAX or hello.proto_max < wire.PROTOCOL_MIN:
+            ours = f"{wire.PROTOCOL_MIN}-{wire.PROTOCOL_MAX}"
+            reason = f"protocol {hello.proto_min}-{hello.proto_max}, here {ours}"
+            self._hang_up(link, wire.ByeCode.INCOMPATIBLE, reason)
+            return
+        if hello.writer == mine.writer:
+            if hello.session == mine.session:
+                self._hang_up(link, wire.ByeCode.DUPLICATE, "this is myself")
+            else:
+                self._hang_up(link, wire.ByeCode.SAME_WRITER, "two processes write as one writer")
+                self._reidentify(f"{hello.agent!r} writes as the same writer: a copied store")
+            return
+        for other in self.peers:
+            if other.hello is not None and other.hello.writer == hello.writer:
+                if not self._replaces(link, other, hello):
+                    self._hang_up(link, wire.ByeCode.DUPLICATE, "there is another connection")
+                    return
+                self._hang_up(other, wire.ByeCode.DUPLICATE, "replaced by another connection")
+        link.hello = hello
+        self._effects.append(Emit(PeerConnected(hello.agent, hello.writer, hello.role)))
+        for name in sorted(self._ledgers):
+            self._send_full_have(link, name)
+        self._beat(link)
+
+    def _replaces(self, new: _Link, old: _Link, hello: wire.Hello) -> bool:
+        """Which of two connections with one peer stays; both sides must say the same."""
+        assert old.hello is not None
+        if hello.session != old.hello.session or new.dialled == old.dialled:
+            return True
+        return new.dialled == (self.hello.writer > hello.writer)
+
+    # Changes
+
+    def _on_changes(self, link: _Link, frame: wire.Changes) -> None:
+        asked: set[tuple[str, int]] = set()
+        for data in frame.changes:
+            change = decode_change(data)
+            self._take(link, change)
+            if frame.answer:
+                asked.add((change.document, change.writer))
+        for key in asked:
+            wanted = self._missing.get(key)
+            if wanted is not None:
+                wanted.tries = 0
+                wanted.due = self._now + self.config.want_retry
+        if frame.answer and frame.more:
+            for wanted in self._missing.values():
+                wanted.due = min(wanted.due, self._now)
+        if self._missing:
+            self._arm_want()
+
+    def _take(self, link: _Link, change: Change) -> None:
+        name, writer, seq = key = (change.document, change.writer, change.seq)
+        known = link.known.setdefault(name, Version())
+        if known.get(writer, 0) == seq - 1:
+            known[writer] = seq
+        if seq <= self._version(name).get(writer, 0) or key in self._pending:
+            return
+        if writer == self.hello.writer:
+            self._reidentify(f"{link.agent} has change {seq} of this writer in {name!r}")
+            return
+        if key in self._quarantine:
+            return
+        document = self._find_or_make(name, change.shared)
+        if document.is_broken:
+            self._want(name, writer, seq, self._now + self.config.want_retry)
+        elif document.is_ready(change):
+            self._deliver(link, document, change)
+        else:
+            self._park(document, change)
+
+    def _find_or_make(self, name: str, shared: bool) -> Document:
+        found = self.documents.find(name)
+        if found is None:
+            self._ledger(name)
+            found = self.documents.find_or_make(name, shared)
+        return found
+
+    def _park(self, document: Document, change: Change) -> None:
+        """Let a change wait for the first one it lacks; or, when too many do, forget it: it was
+        not acknowledged, so it will be asked for again (S6)."""
+        limit = self.config
+        if (
+            len(self._pending) >= limit.pending_changes
+            or self._pending_bytes + len(change.data) > limit.pending_bytes
+        ):
+            self._want(change.document, change.writer, change.seq, self._now + limit.want_retry)
+            return
+        key = (change.document, change.writer, change.seq)
+        self._pending[key] = change
+        self._pending_bytes += len(change.data)
+        self._wait(document, change)
+
+    def _wait(self, document: Document, change: Change) -> None:
+        version = document.version
+        lacking = Dot(change.writer, change.seq - 1)
+        if version.covers(lacking):
+            lacking = next(dep for dep in change.deps if not version.covers(dep))
+        key = (change.document, change.writer, change.seq)
+        self._waiting.setdefault((change.document, *lacking), []).append(key)
+        due = self._now + self.config.want_delay
+        self._want(change.document, lacking.writer, lacking.seq, due)
+
+    def _unpark(self, key: tuple[str, int, int]) -> Change | None:
+        change = self._pending.pop(key, None)
+        if change is not None:
+            self._pending_bytes -= len(change.data)
+        return change
+
+    def _deliver(self, link: _Link, document: Document, change: Change) -> None:
+        """Deliver a ready change and all that waited for it."""
+        ready = [change]
+        while ready:
+            change = ready.pop()
+            if not self._apply(link, document, change):
+                continue
+            for key in self._waiting.pop((change.document, change.writer, change.seq), ()):
+                waiting = self._pending.get(key)
+                if waiting is None or document.is_broken:
+                    continue
+                if document.is_ready(waiting):
+                    self._unpark(key)
+                    ready.append(waiting)
+                else:
+                    self._wait(document, waiting)
+
+    def _apply(self, link: _Link, document: Document, change: Change) -> bool:
+        try:
+            paths = document.apply(change)
+        except InvalidUpdate as exc:
+            self._strike(link, f"{change!r}: {exc}")
+            return False
+        except EngineFailure as exc:
+            self._set_aside(document, change, str(exc))
+            return False
+        if not self.documents.observe(change.stamp):
+            ahead = (change.stamp >> 16) / 1000 - self.documents.wall_ms() / 1000
+            self._effects.append(Emit(ClockSkew(change.origin.agent, ahead)))
+        self._persist(change, None)
+        self._outgoing.append((change, link))
+        self._effects.append(Delivered(document, change, paths, change.origin.agent))
+        self._note_tidying(document)
+        return True
+
+    def _set_aside(self, document: Document, change: Change, reason: str) -> None:
+        self._quarantine[change.document, change.writer, change.seq] = None
+        if len(self._quarantine) > QUARANTINE_MAX:
+            self._quarantine.popitem(last=False)
+        self._effects.append(Rebuild(document.name))
+        self._effects.append(Emit(DocumentRebuilt(document.name, reason)))
+
+    def rebuilt(self, document: str, now: float) -> None:
+        """The document was loaded from the store again; it may lack what was not committed."""
+        self._now = now
+        for (name, writer), wanted in self._missing.items():
+            if name == document:
+                wanted.due = now
+                wanted.target = max(wanted.target, self._version(name).get(writer, 0))
+        self._arm_want()
+
+    def _spread(self) -> None:
+        """Send the outgoing changes, each to those that may lack it."""
+        outgoing, self._outgoing = self._outgoing, []
+        encoded: dict[tuple[int, ...], list[bytes]] = {}
+        for link in self._links.values():
+            if link.hello is None or not link.is_greeted or link.is_congested or link.is_closing:
+                continue
+            chosen = tuple(
+                index
+                for index, (change, source) in enumerate(outgoing)
+                if self._may_lack(link, change, source)
+            )
+            if not chosen:
+                continue
+            frames = encoded.get(chosen)
+            if frames is None:
+                frames = encoded[chosen] = _encode_changes([outgoing[i][0].data for i in chosen])
+            self._effects.extend(Send(link.peer, frame) for frame in frames)
+
+    def _may_lack(self, link: _Link, change: Change, source: _Link | None) -> bool:
+        if source is not None:
+            assert link.hello is not None
+            if link is source or link.hello.writer in source.neighbours:
+                return False
+        known = link.known.get(change.document)
+        return known is None or known.get(change.writer, 0) < change.seq
+
+    # HAVE and WANT
+
+    def _on_have(self, link: _Link, frame: wire.Have) -> None:
+        name = frame.document
+        self._ledger(name)
+        acked = link.acked.setdefault(name, Version())
+        link.known.setdefault(name, Version()).merge(frame.version)
+        acked.merge(frame.version)
+        own = frame.version.get(self.hello.writer, 0)
+        version = self._version(name)
+        if own > version.get(self.hello.writer, 0):
+            self._reidentify(f"{link.agent} has {own} changes of this writer in {name!r}")
+            return
+        due = self._now if frame.full else self._now + self.config.want_delay
+        for writer, seq in frame.version.items():
+            if seq > version.get(writer, 0):
+                self._want(name, writer, seq, due)
+
+    def _want(self, name: str, writer: int, seq: int, due: float) -> None:
+        wanted = self._missing.get((name, writer))
+        if wanted is None:
+            self._missing[name, writer] = _Missing(seq, due)
+        else:
+            wanted.target = max(wanted.target, seq)
+            wanted.due = min(wanted.due, due) if not wanted.tries else wanted.due
+        self._arm_want(due)
+
+    def _ask(self) -> None:
+        """Ask for what is missing and due, each of it at one peer that has it."""
+        now = self._now
+        asks: dict[tuple[int, str], list[tuple[int, int, int]]] = {}
+        for (name, writer), wanted in list(self._missing.items()):
+            have = self._version(name).get(writer, 0)
+            if have >= wanted.target:
+                del self._missing[name, writer]
+                continue
+            if wanted.due > now:
+                continue
+            peers = sorted(
+                link.peer
+                for link in self.peers
+                if link.acked.get(name, _EMPTY).get(writer, 0) > have
+            )
+            if not peers or name in self._downloads:
+                # Somebody's next HAVE, or the snapshot under way, will bring it up again.
+                if not peers:
+                    del self._missing[name, writer]
+                else:
+                    wanted.due = now + self.config.want_retry
+                continue
+            start = wanted.tries if wanted.tries else self._rng.randrange(len(peers))
+            peer = peers[start % len(peers)]
+            last = min(wanted.target, self._links[peer].acked[name].get(writer, 0))
+            asks.setdefault((peer, name), []).extend(self._gaps(name, writer, have + 1, last))
+            wanted.tries += 1
+            pause = self.config.want_retry * 1.5 ** min(wanted.tries - 1, 10)
+            wanted.due = now + min(pause, self.config.want_retry_max)
+        for (peer, name), ranges in asks.items():
+            for at in range(0, len(ranges), wire.RANGES_MAX):
+                self._send(peer, wire.Want(name, tuple(ranges[at : at + wire.RANGES_MAX])))
+
+    def _gaps(self, name: str, writer: int, first: int, last: int) -> list[tuple[int, int, int]]:
+        """The parts of *first* to *last* that are not pending here."""
+        pending = (
+            sorted(seq for doc, who, seq in self._pending if doc == name and who == writer)
+            if self._pending
+            else []
+        )
+        gaps = []
+        for seq in pending:
+            if first < seq <= last:
+                gaps.append((writer, first, seq - 1))
+            first = max(first, seq + 1)
+        if first <= last:
+            gaps.append((writer, first, last))
+        return gaps
+
+    def _on_want(self, link: _Link, frame: wire.Want) -> None:
+        if link.is_congested:
+            return
+        ledger = self._ledger(frame.document)
+        if any(first <= ledger.floor.get(writer, 0) for writer, first, _ in frame.ranges):
+            ledger.asked.add(link.peer)
+            self._serve_asked(frame.document)
+            return
+        committed = ledger.committed
+        ranges = tuple(
+            (writer, first, min(last, committed.get(writer, 0)))
+            for writer, first, last in frame.ranges
+            if first <= committed.get(writer, 0)
+        )
+        if ranges:
+            self._effects.append(Fetch(link.peer, frame.document, ranges))
+
+    def fetched(self, peer: int, changes: Sequence[bytes], more: bool) -> None:
+        """What a `Fetch` found, in the order of the journal; *more* if it was cut short."""
+        if not changes or peer not in self._links:
+            return
+        frames = _split(changes)
+        for index, part in enumerate(frames):
+            is_last = index == len(frames) - 1
+            self._send(peer, wire.Changes(tuple(part), answer=True, more=more and is_last))
+
+    def _on_heartbeat(self, link: _Link, frame: wire.Heartbeat) -> None:
+        if frame.neighbours is not None:
+            link.neighbours = frozenset(frame.neighbours)
+        if not link.is_greeted:
+            link.is_greeted = True
+        if frame.fingerprint == self._fingerprint:
+            link.mismatches = 0
+            return
+        link.mismatches += 1
+        if link.mismatches >= MISMATCHES_MAX:
+            link.mismatches = 0
+            for name in sorted(self._ledgers):
+                self._send_full_have(link, name)
+
+    def _send_full_have(self, link: _Link, name: str) -> None:
+        link.dirty.pop(name, None)
+        self._send(link.peer, wire.Have(name, self._ledgers[name].committed.copy(), True))
+
+    def _flush(self) -> None:
+        """Tell every peer what was committed since it was last told."""
+        for link in self._links.values():
+            if link.hello is None or link.is_congested or link.is_closing:
+                continue
+            dirty, link.dirty = link.dirty, {}
+            for name, writers in dirty.items():
+                committed = self._ledgers[name].committed
+                moved = Version({writer: committed[writer] for writer in sorted(writers)})
+                self._send(link.peer, wire.Have(name, moved, False))
+
+    # Snapshots
+
+    def _serve_asked(self, name: str) -> None:
+        """Offer a snapshot to those who wait for one, once no own change in it is uncommitted."""
+        ledger = self._ledgers[name]
+        if not ledger.asked or self._has_uncommitted(name):
+            return
+        document = self.documents.find(name)
+        if document is None:
+            ledger.asked.clear()
+            return
+        cached = self._snapshots.get(name)
+        stale = cached is None or self._now - cached[3] > SNAPSHOT_AGE_MAX
+        if cached is None or stale or not ledger.floor <= cached[2]:
+            data = self._snapshot(document).encode()
+            digest = hashlib.blake2b(data, digest_size=32).digest()
+            cached = (digest, data, document.version.copy(), self._now)
+            self._snapshots[name] = cached
+        self._snapshots.move_to_end(name)
+        while len(self._snapshots) > SNAPSHOTS_CACHED:
+            self._snapshots.popitem(last=False)
+        for peer in sorted(ledger.asked):
+            self._send(peer, wire.Offer(name, cached[0], len(cached[1])))
+        ledger.asked.clear()
+
+    def _snapshot(self, document: Document) -> Snapshot:
+        return document.snapshot()
+
+    def _has_uncommitted(self, name: str) -> bool:
+        return any(own is not None and doc == name for _, doc, own, _ in self._uncommitted)
+
+    def _on_offer(self, link: _Link, frame: wire.Offer) -> None:
+        if not 0 < frame.size <= wire.SNAPSHOT_BYTES_MAX:
+            raise ProtocolError(f"a snapshot of {frame.size} bytes")
+        running = self._downloads.get(frame.document)
+        if running is not None and running.digest == frame.digest and len(running.data):
+            # The same snapshot again, after a lost connection: go on where it broke off.
+            running.peer, running.asked, running.at = link.peer, len(running.data), self._now
+        elif running is not None and running.peer in self._links:
+            return
+        else:
+            running = _Download(link.peer, frame.digest, frame.size, self._now)
+            self._downloads[frame.document] = running
+        self._get_more(frame.document, running)
+
+    def _get_more(self, name: str, download: _Download) -> None:
+        ahead = CHUNKS_AHEAD * wire.CHUNK_BYTES_MAX
+        while download.asked < download.size and download.asked < len(download.data) + ahead:
+            self._send(download.peer, wire.Get(name, download.digest, download.asked))
+            download.asked += wire.CHUNK_BYTES_MAX
+        self._download_at = self._now + DOWNLOAD_STALL
+
+    def _on_get(self, link: _Link, frame: wire.Get) -> None:
+        cached = self._snapshots.get(frame.document)
+        if cached is None or cached[0] != frame.digest:
+            # It has been replaced by a newer one: offer that.
+            ledger = self._ledger(frame.document)
+            ledger.asked.add(link.peer)
+            self._serve_asked(frame.document)
+            return
+        data = cached[1][frame.offset : frame.offset + wire.CHUNK_BYTES_MAX]
+        if data:
+            self._send(link.peer, wire.Chunk(frame.document, frame.digest, frame.offset, data))
+
+    def _on_chunk(self, link: _Link, frame: wire.Chunk) -> None:
+        download = self._downloads.get(frame.document)
+        if download is None or download.digest != frame.digest or download.peer != link.peer:
+            return
+        if frame.offset != len(download.data):
+            return
+        if len(download.data) + len(frame.data) > download.size:
+            del self._downloads[frame.document]
+            raise ProtocolError("a snapshot longer than offered")
+        download.data += frame.data
+        download.at, download.tries = self._now, 0
+        if len(download.data) < download.size:
+            self._get_more(frame.document, download)
+            return
+        del self._downloads[frame.document]
+        self._join(link, frame.document, download)
+
+    def _join(self, link: _Link, name: str, download: _Download) -> None:
+        data = bytes(download.data)
+        if hashlib.blake2b(data, digest_size=32).digest() != download.digest:
+            raise ProtocolError(f"a snapshot of {name!r} does not match its digest")
+        snapshot = Snapshot.decode(data)
+        if snapshot.document != name:
+            raise ProtocolError(f"a snapshot of {snapshot.document!r} in place of {name!r}")
+        if snapshot.version.get(self.hello.writer, 0) > self._version(name).get(
+            self.hello.writer, 0
+        ):
+            self._reidentify(f"a snapshot of {link.agent} has more of this writer in {name!r}")
+            return
+        document = self._find_or_make(name, snapshot.shared)
+        try:
+            paths = document.join(snapshot)
+        except EngineFailure as exc:
+            self._effects.append(Rebuild(name))
+            self._effects.append(Emit(DocumentRebuilt(name, str(exc))))
+            return
+        self.documents.observe(snapshot.stamp)
+        self._save(document)
+        self._effects.append(Delivered(document, None, paths, link.agent))
+        self._effects.append(Emit(SnapshotReceived(name, link.agent, len(data))))
+        self._note_tidying(document)
+        self._retry_pending(link, document)
+
+    def _retry_pending(self, link: _Link, document: Document) -> None:
+        """After a jump of the version: deliver what became ready, forget what is contained."""
+        name, version = document.name, document.version
+        for key in [key for key in self._pending if key[0] == name]:
+            change = self._pending.get(key)
+            if change is None:
+                continue
+            if version.covers(change.dot):
+                self._unpark(key)
+            elif not document.is_broken and document.is_ready(change):
+                self._unpark(key)
+                self._deliver(link, document, change)
+        for place in [place for place in self._waiting if place[0] == name]:
+            if version.covers((place[1], place[2])):
+                for key in self._waiting.pop(place):
+                    if key in self._pending:
+                        self._wait(document, self._pending[key])
+
+    def _save(self, document: Document) -> None:
+        """Let the store keep the document as it is now, as its snapshot."""
+        ledger = self._ledger(document.name)
+        snapshot = document.snapshot()
+        data = snapshot.encode()
+        self._persisted += 1
+        number = self._persisted
+        self._effects.append(SaveSnapshot(number, document.name, snapshot.version, data))
+        self._uncommitted.append((number, document.name, None, snapshot.version))
+        ledger.log_bytes, ledger.snapshot_bytes = 0, len(data)
+
+    def _maybe_compact(self, name: str) -> None:
+        """Renew the stored snapshot when the log has outgrown it. Local, at any time, without
+        asking anybody: who falls below the floor gets a snapshot."""
+        ledger = self._ledgers[name]
+        limit = max(self.config.snapshot_after_bytes, ledger.snapshot_bytes)
+        document = self.documents.find(name)
+        if ledger.log_bytes > limit and document is not None and not self._uncommitted:
+            self._save(document)
+
+    def compacted(self, name: str, floor: Version) -> None:
+        """The store has forgotten the changes up to *floor*."""
+        assert floor <= self._version(name), f"S4: {name!r} forgot what was not delivered"
+        self._ledger(name).floor = floor.copy()
+
+    def _on_busy(self, frame: wire.Busy) -> None:
+        later = self._now + frame.retry_after_ms / 1000
+        for (name, _), wanted in self._missing.items():
+            if name == frame.document:
+                wanted.due = max(wanted.due, later)
+
+    def _check_downloads(self) -> None:
+        """Ask again for chunks that do not come; give up on peers that are gone."""
+        for name, download in list(self._downloads.items()):
+            if self._now - download.at < DOWNLOAD_STALL:
+                continue
+            download.tries += 1
+            gone = download.peer not in self._links
+            if gone or download.tries > DOWNLOAD_TRIES:
+                # Kept for a while, in case the same snapshot is offered again.
+                if download.tries > DOWNLOAD_TRIES:
+                    del self._downloads[name]
+                continue
+            download.at = self._now
+            download.asked = len(download.data)
+            self._get_more(name, download)
+        self._download_at = self._now + DOWNLOAD_STALL if self._downloads else None
+
+    # Identity
+
+    def _reidentify(self, reason: str) -> None:
+        if not self._is_reidentifying:
+            self._is_reidentifying = True
+            self._effects.append(Reidentify(reason))
+
+    def reidentified(self, hello: wire.Hello, versions: dict[str, Version], now: float) -> None:
+        """This replica goes on as ``hello.writer``; *versions* are what its documents hold now.
+
+        All connections are closed, to be made anew under the new name.
+        """
+        self._now = now
+        self.hello = hello
+        self._is_reidentifying = False
+        self._uncommitted.clear()
+        self._outgoing.clear()
+        self._effects = [e for e in self._effects if not isinstance(e, (Persist, SaveSnapshot))]
+        self._fingerprint = 0
+        for name, ledger in self._ledgers.items():
+            ledger.committed = Version()
+            self._commit(ledger, name, versions.get(name, Version()))
+        for link in list(self._links.values()):
+            self._hang_up(link, wire.ByeCode.NORMAL, "new writer")
+
+    # Time
+
+    def tick(self, now: float) -> None:
+        """Do what is due at *now*."""
+        late = now - max(self._now, self.next_deadline())
+        self._now = now
+        if late > self.config.heartbeat:
+            # We were asleep, not they.
+            for link in self._links.values():
+                link.heard += late
+        if self._flush_at is not None and self._flush_at <= now:
+            self._flush_at = None
+            self._flush()
+        if self._want_at is not None and self._want_at <= now:
+            self._ask()
+            self._want_at = min((w.due for w in self._missing.values()), default=None)
+        if self._download_at is not None and self._download_at <= now:
+            self._check_downloads()
+        if self._tidy_at is not None and self._tidy_at <= now:
+            self._tidy()
+        if self._beat_at <= now:
+            self._beat_at = now + self.config.heartbeat
+            self._beat_all()
+
+    def _beat_all(self) -> None:
+        for link in list(self._links.values()):
+            if self._now - link.heard > self.config.link_timeout:
+                self._hang_up(link, wire.ByeCode.NORMAL, "nothing heard for too long")
+            elif link.hello is not None and not link.is_closing:
+                self._beat(link)
+
+    def _beat(self, link: _Link) -> None:
+        writers = sorted(peer.hello.writer for peer in self.peers if peer.hello)
+        neighbours = tuple(writers) if len(writers) <= wire.NEIGHBOURS_MAX else ()
+        told = None if neighbours == link.told_neighbours else neighbours
+        link.told_neighbours = neighbours
+        self._send(link.peer, wire.Heartbeat(self._fingerprint, told))
+
+    def _note_tidying(self, document: Document) -> None:
+        ledger = self._ledger(document.name)
+        if document.needs_tidying and ledger.tidy_at is None:
+            ledger.tidy_at = self._now + self.config.tidy_delay * (0.5 + self._rng.random())
+            if self._tidy_at is None or ledger.tidy_at < self._tidy_at:
+                self._tidy_at = ledger.tidy_at
+
+    def _tidy(self) -> None:
+        self._tidy_at = None
+        for name, ledger in self._ledgers.items():
+            if ledger.tidy_at is None:
+                continue
+            if ledger.tidy_at <= self._now:
+                ledger.tidy_at = None
+                document = self.documents.find(name)
+                if document is not None and document.needs_tidying:
+                    self.documents.seal_tidying(document)
+                    self._note_tidying(document)
+            if ledger.tidy_at is not None and (
+                self._tidy_at is None or ledger.tidy_at < self._tidy_at
+            ):
+                self._tidy_at = ledger.tidy_at
+
+    # Output
+
+    def effects(self) -> list[Effect]:
+        """Take what is to be done, in order."""
+        if self._outgoing:
+            self._spread()
+        effects, self._effects = self._effects, []
+        return effects
+
+    def _send(self, peer: int, frame: wire.Frame) -> None:
+        self._effects.append(Send(peer, wire.encode_frame(frame)))
+
+    def _ledger(self, name: str) -> _Ledger:
+        ledger = self._ledgers.get(name)
+        if ledger is None:
+            if len(self._ledgers) >= DOCUMENTS_MAX:
+                raise ProtocolError(f"more than {DOCUMENTS_MAX} documents")
+            ledger = self._ledgers[name] = _Ledger()
+        return ledger
+
+    def _arm_flush(self) -> None:
+        if self._flush_at is None:
+            self._flush_at = self._now + self.config.have_delay
+
+    def _arm_want(self, due: float | None = None) -> None:
+        if due is None:
+            due = min((w.due for w in self._missing.values()), default=None)
+        if due is not None and (self._want_at is None or due < self._want_at):
+            self._want_at = due
+
+
+def _bye_code(number: int) -> wire.ByeCode:
+    try:
+        return wire.ByeCode(number)
+    except ValueError:
+        return wire.ByeCode.NORMAL
+
+
+def _split(changes: Sequence[bytes]) -> list[list[bytes]]:
+    """Cut a run of changes into frames of a size that does not delay what comes after it."""
+    frames: list[list[bytes]] = [[]]
+    size = 0
+    for data in changes:
+        if frames[-1] and (
+            size + len(data) > CHANGES_FRAME_BYTES or len(frames[-1]) >= wire.CHANGES_MAX
+        ):
+            frames.append([])
+            size = 0
+        frames[-1].append(data)
+        size += len(data)
+    return frames
+
+
+def _encode_changes(changes: Sequence[bytes]) -> list[bytes]:
+    return [wire.encode_frame(wire.Changes(tuple(part))) for part in _split(changes)]
+
+
+def _salt(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+
+
+_MASK = 2**64 - 1
+
+
+def _mix(salt: int, writer: int, seq: int) -> int:
+    """A well-spread 64-bit number for one entry of a version (splitmix64's finaliser)."""
+    x = (salt + writer * 0x9E3779B97F4A7C15 + seq * 0xBF58476D1CE4E5B9) & _MASK
+    x = (x ^ x >> 30) * 0x94D049BB133111EB & _MASK
+    return x ^ x >> 31

@@ -1,0 +1,152 @@
+"""
+How messages travel: a transport makes connections, a connection carries bytes.
+
+A connection is two streams of whole messages, in order, without loss until it ends. It
+knows nothing of frames and members; the replica above does. The URL chooses the transport:
+
+    ws://host:port, wss://host:port    websocket.py, between processes and machines
+    memory://name                      memory.py, inside one event loop
+
+To add one: write a module with `dial` and `listen` as below, translate its exceptions into
+TransportError with the URL in the message, let `send` wait while the other side is slow,
+run `serve` for each arrival, add its scheme to `_transport` and its URL to the parameters
+of tests/test_transports.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from crdtstate.errors import CRDTStateError, UsageError
+
+LOG = logging.getLogger(__name__)
+
+
+class Connection(Protocol):
+    """One side of a connection. One task at a time may send, and one receive."""
+
+    @property
+    def remote(self) -> str:
+        """The other side's URL, for people; an accepted connection's can't be dialled."""
+
+    async def send(self, data: bytes) -> None:
+        """Send a message; wait while the other side doesn't keep up.
+
+        Raises:
+            TransportError: The connection is closed; whether *data* arrived is unknown.
+        """
+
+    async def receive(self) -> bytes:
+        """Wait for the next message. Cancelling loses none.
+
+        Raises:
+            TransportError: The connection is closed and everything that arrived was read.
+            ProtocolError: This was not a message of ours; the connection is closed.
+        """
+        raise NotImplementedError
+
+    async def close(self, reason: str = "") -> None:
+        """Say goodbye and hang up, within a second or so. Idempotent."""
+
+    def abort(self) -> None:
+        """Hang up at once; what was not sent yet is lost. Idempotent."""
+
+
+class Listener(Protocol):
+    """Where others can dial. Closing it closes the connections it accepted."""
+
+    @property
+    def address(self) -> str:
+        """The URL that is really listened on, with the port that was chosen for port 0."""
+
+    async def close(self) -> None:
+        """Stop listening, close what was accepted, wait for `accept` to return. Idempotent."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpAnswer:
+    """What a plain GET gets, on transports that can hear one."""
+
+    body: bytes
+    content_type: str = "text/plain; charset=utf-8"
+    status: int = 200
+
+
+Accept = Callable[[Connection], Awaitable[None]]
+"""Serves one accepted connection, which is closed when it returns."""
+
+Http = Callable[[str], HttpAnswer | None]
+"""Answers a GET of a path, given without its query; None means there is nothing there."""
+
+
+async def dial(
+    url: str,
+    *,
+    timeout: float = 10.0,  # running out is a TransportError with the URL
+    tls: ssl.SSLContext | None = None,
+) -> Connection:
+    """Connect to *url*.
+
+    Args:
+        tls: Whom to trust, for wss://; the operating system's authorities otherwise.
+
+    Raises:
+        TransportError: Nobody answered, or not as a mesh would; the message says which.
+        UsageError: This is not a URL of a known transport.
+    """
+    connection: Connection = await _transport(url).dial(url, timeout=timeout, tls=tls)
+    return connection
+
+
+async def listen(
+    url: str,
+    accept: Accept,
+    *,
+    http: Http | None = None,
+    tls: ssl.SSLContext | None = None,
+) -> Listener:
+    """Listen on *url* and run *accept* for each connection, each in a task of its own.
+
+    Args:
+        http: Answers plain HTTP requests to the same port, such as ``/healthz``.
+        tls: The certificate to show; required for wss://.
+
+    Raises:
+        TransportError: The address cannot be had.
+        UsageError: This is not a URL of a known transport.
+    """
+    listener: Listener = await _transport(url).listen(url, accept, http=http, tls=tls)
+    return listener
+
+
+async def serve(accept: Accept, connection: Connection) -> None:
+    """Run *accept*, then close *connection*: for transports, in the task of an arrival."""
+    try:
+        await accept(connection)
+    except CRDTStateError as exc:
+        LOG.debug("%s: %s", connection.remote, exc)
+    except Exception:
+        LOG.exception("%s: serving it failed", connection.remote)
+    finally:
+        await connection.close()
+
+
+def _transport(url: str) -> ModuleType:
+    # Imported here because they import this module's protocols.
+    match urlsplit(url).scheme:
+        case "ws" | "wss":
+            from crdtstate.transports import websocket
+
+            return websocket
+        case "memory":
+            from crdtstate.transports import memory
+
+            return memory
+        case _:
+            raise UsageError(f"{url!r}: use a URL like ws://, wss:// or memory://")

@@ -1,0 +1,511 @@
+"""
+What replicas say to each other, and its bytes.
+
+A *frame* says one thing: here are changes, this is what I have, please send that. Below,
+each is a frozen dataclass. A *message* is what one websocket message carries: a header
+byte and an msgpack array of frames. `encode_frame` turns a frame into bytes once for all
+peers, `encode_message` bundles encoded frames, `decode_message` reads a message.
+
+Everything that arrives is hostile until it has passed here: every length, count and number
+has a limit, memory stays within a small multiple of the message, and whatever the bytes
+are, the only exception is ProtocolError. What passes is well-formed, not yet true.
+
+The format grows without breaking: fields added at the end of a frame are skipped by those
+who don't know them, and so are whole frames with types from 128. A lower type that is
+unknown ends the connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import chain, islice
+from typing import Any, Literal, NoReturn, TypeVar
+
+import msgpack
+import zstandard
+
+from crdtstate.clock import SEQ_MAX, WRITER_MAX, Version
+from crdtstate.errors import ProtocolError, UsageError
+
+PROTOCOL_MIN = PROTOCOL_MAX = 1
+"""The oldest and the newest meaning of frames spoken here, for Hello."""
+
+WIRE_VERSION = 1
+HEADER = WIRE_VERSION << 4
+"""The first byte: how messages are framed, in 4 bits, and 4 reserved bits that are 0."""
+
+MESSAGE_BYTES_MAX = 4 * 2**20
+"""The most a message weighs, and the most its compressed frames add up to."""
+
+BUNDLE_BYTES = 64 * 2**10
+"""A writer stops adding to a bundle that weighs this much: more would only add latency."""
+
+FRAME_BYTES_MAX = MESSAGE_BYTES_MAX - BUNDLE_BYTES - 2**10
+"""Small enough that any frame still fits into a bundle that is below BUNDLE_BYTES."""
+
+FIELDS_MAX = 64
+"""Values in a frame's array, also in frames that are unknown here."""
+
+BUNDLE_FRAMES_MAX = 256
+CHANGES_MAX = 4096
+RANGES_MAX = 4096
+VERSION_ENTRIES_MAX = 200_000
+NEIGHBOURS_MAX = 16
+CHUNK_BYTES_MAX = 64 * 2**10
+SNAPSHOT_BYTES_MAX = 2**30
+NAME_CHARS_MAX = 200
+DIGEST_BYTES = 32
+RETRY_MS_MAX = 24 * 3600 * 1000
+UINT64_MAX = 2**64 - 1
+
+COMPRESS_BYTES_MIN = 200
+"""Smaller frames rarely shrink."""
+
+WINDOW_LOG = 20
+"""zstd needs to look back 1 MiB at most."""
+
+
+_COMPRESSED = 127
+_COMPRESSED_HEAD = b"\x93\x7f\xce"
+"""Frame type 127 wraps another, ``[127, raw size, zstd]``, with the raw size in four bytes."""
+
+_SKIPPED_FROM = 128
+"""Frames of unknown types from here on are skipped."""
+
+
+Role = Literal["agent", "relay"]
+
+
+class ByeCode(IntEnum):
+    """Why a connection ends. A newer peer may send other numbers."""
+
+    NORMAL = 0
+    DUPLICATE = 1
+    """These two have another connection; this one is dropped."""
+    PROTOCOL = 2
+    """The other side broke the protocol."""
+    INCOMPATIBLE = 3
+    """No version of the protocol is spoken by both."""
+    SHUTDOWN = 4
+    SAME_WRITER = 5
+    """Two processes write as the same writer, as after copying a store. One must stop."""
+
+
+ROLES: tuple[Role, ...] = ("agent", "relay")
+"""A role travels as its place here."""
+
+_Sized = TypeVar("_Sized", str, bytes)
+
+
+# Frames
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The first frame, both ways: who speaks, and which versions of the protocol."""
+
+    proto_min: int
+    proto_max: int
+    writer: int
+    session: int
+    """64 random bits for each start of a process: tells a restart from a second process."""
+    agent: str
+    role: Role = "agent"
+    address: str | None = None
+    """The URL where this one listens, if it does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bye:
+    """The last frame: why the sender hangs up."""
+
+    code: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Still here, in this state."""
+
+    fingerprint: int
+    """64 bits over all versions: the same on both sides when both have the same."""
+    neighbours: tuple[int, ...] | None = None
+    """The writers the sender is connected to, or None for as before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Encoded changes; their insides are none of the wire's business."""
+
+    changes: tuple[bytes, ...]
+    answer: bool = False
+    """They answer a Want."""
+    more: bool = False
+    """The answer was cut by a size limit; ask again for the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Have:
+    """What the sender has durably: announcement, acknowledgement and digest in one."""
+
+    document: str
+    version: Version
+    full: bool = False
+    """All writers are named; otherwise only those that moved since the last Have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """Please send these changes: ``(writer, first seq, last seq)``, ends included."""
+
+    document: str
+    ranges: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What was wanted has left the log; here is a snapshot that includes it."""
+
+    document: str
+    digest: bytes
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Get:
+    """Please send the offered snapshot's chunk at *offset*."""
+
+    document: str
+    digest: bytes
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a snapshot."""
+
+    document: str
+    digest: bytes
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """Not now; ask again in a while."""
+
+    document: str
+    retry_after_ms: int
+
+
+Frame = Hello | Bye | Heartbeat | Changes | Have | Want | Offer | Get | Chunk | Busy
+
+
+# Encoding. Type numbers are for ever. Set aside for what is planned: 1, 4-10, 19-22, 27, 30,
+# 31, 34-38, 40 (welcome, peer exchange, probes, subscriptions, bucketed versions, writers'
+# acknowledgements, stability, end of snapshot, credit, error, read barrier, leases, presence).
+
+
+def encode_frame(frame: Frame) -> bytes:
+    """Return *frame*'s bytes, compressed where that pays. One encoding serves all peers.
+
+    Fields are trusted to keep the limits: peers refuse a frame that doesn't.
+
+    Raises:
+        UsageError: The frame is larger than FRAME_BYTES_MAX; split it.
+    """
+    raw: bytes = msgpack.packb(_to_array(frame))
+    if len(raw) <= COMPRESS_BYTES_MIN:
+        return raw
+    if len(raw) > FRAME_BYTES_MAX:
+        name = type(frame).__name__
+        raise UsageError(f"{name}: {len(raw)} bytes exceed {FRAME_BYTES_MAX}; split the frame")
+    packed = _compress(raw)
+    if len(packed) > 0.9 * len(raw):
+        return raw
+    return b"".join((_COMPRESSED_HEAD, len(raw).to_bytes(4, "big"), msgpack.packb(packed)))
+
+
+def encode_message(frames: Iterable[bytes]) -> bytes:
+    """Bundle encoded *frames*: at least one, at most BUNDLE_FRAMES_MAX.
+
+    It always fits if a frame is only added while the others `weigh` below BUNDLE_BYTES.
+    """
+    bundle = list(frames)
+    count = len(bundle)
+    assert 0 < count <= BUNDLE_FRAMES_MAX, f"{count} frames in a bundle"
+    assert sum(map(weigh, bundle)) < MESSAGE_BYTES_MAX - 4, "the bundle is too heavy"
+    array = bytes((0x90 | count,)) if count < 16 else b"\xdc" + count.to_bytes(2, "big")
+    return b"".join((bytes((HEADER,)), array, *bundle))
+
+
+def weigh(frame: bytes) -> int:
+    """Return how much an encoded *frame* adds to a message: its size when decompressed."""
+    if frame.startswith(_COMPRESSED_HEAD):
+        return int.from_bytes(frame[3:7], "big")
+    return len(frame)
+
+
+def _to_array(frame: Frame) -> tuple[Any, ...]:
+    match frame:
+        case Changes(changes, answer, more):
+            return (16, changes, answer, more)
+        case Have(document, version, full):
+            return (17, document, version.flat(), full)
+        case Want(document, ranges):
+            return (18, document, tuple(chain.from_iterable(ranges)))
+        case Heartbeat(fingerprint, neighbours):
+            # None and () differ, and arrays are read as arrays: hence the flag.
+            return (3, fingerprint, neighbours is not None, neighbours or ())
+        case Offer(document, digest, size):
+            return (24, document, digest, size)
+        case Get(document, digest, offset):
+            return (25, document, digest, offset)
+        case Chunk(document, digest, offset, data):
+            return (26, document, digest, offset, data)
+        case Busy(document, retry_after_ms):
+            return (28, document, retry_after_ms)
+        case Hello(low, high, writer, session, agent, role, address):
+            return (0, low, high, writer, session, agent, ROLES.index(role), address)
+        case Bye(code, reason):
+            return (2, code, reason)
+
+
+# Decoding. Everything is read in the order in which it was written, one value at a time and
+# never deeper than expected: an unpacker that builds what it finds can be made to allocate
+# gigabytes by a kilobyte of arrays in arrays, each stating the largest length.
+
+
+def decode_message(data: bytes) -> list[Frame]:
+    """Return the frames of a message, without those of unknown types from 128.
+
+    Raises:
+        ProtocolError: The bytes are not a message; nothing of it was taken.
+    """
+    if not 0 < len(data) <= MESSAGE_BYTES_MAX:
+        raise ProtocolError(f"a message of {len(data)} bytes; 1 to {MESSAGE_BYTES_MAX} are allowed")
+    if data[0] != HEADER:
+        raise ProtocolError(f"a message begins with {data[0]:#04x}, not {HEADER:#04x}")
+    try:
+        return _read_message(memoryview(data)[1:])
+    except ProtocolError:
+        raise
+    except Exception as exc:
+        raise ProtocolError(f"a message is malformed: {exc!r}") from exc
+
+
+def _read_message(data: memoryview) -> list[Frame]:
+    source = _source(data)
+    frames = []
+    room = MESSAGE_BYTES_MAX
+    for _ in range(_number(source.read_array_header(), 0, BUNDLE_FRAMES_MAX)):
+        length, kind = _read_head(source)
+        if kind == _COMPRESSED:
+            raw = _read_compressed(source, length, room)
+            room -= len(raw)
+            inner = _source(raw)
+            frame = _read_frame(inner, *_read_head(inner))
+            _check_end(inner, len(raw))
+        else:
+            frame = _read_frame(source, length, kind)
+        if frame is not None:
+            frames.append(frame)
+    _check_end(source, len(data))
+    return frames
+
+
+def _source(data: bytes | memoryview) -> msgpack.Unpacker:
+    """Return what the readers below read from: no arrays but those they open themselves."""
+    source = msgpack.Unpacker(
+        max_buffer_size=MESSAGE_BYTES_MAX,
+        max_array_len=0,
+        max_map_len=0,
+        max_ext_len=0,
+        ext_hook=_refuse,
+    )
+    source.feed(data)
+    return source
+
+
+def _refuse(*_: object) -> NoReturn:
+    raise ProtocolError("an extension type")
+
+
+def _check_end(source: msgpack.Unpacker, size: int) -> None:
+    if source.tell() != size:
+        raise ProtocolError(f"{size - source.tell()} bytes are left over")
+
+
+def _read_head(source: msgpack.Unpacker) -> tuple[int, int]:
+    """Read how many values a frame's array has and the first of them, its type."""
+    length: int = source.read_array_header()
+    return length, _number(source.unpack(), 0, UINT64_MAX)
+
+
+def _read_frame(source: msgpack.Unpacker, length: int, kind: int) -> Frame | None:
+    known = 1 if kind >= _SKIPPED_FROM else _LENGTHS.get(kind, 0)
+    if not known:
+        raise ProtocolError(f"unknown frame type {kind}")
+    if not known <= length <= FIELDS_MAX:
+        raise ProtocolError(f"a frame of type {kind} lacks fields or has too many: {length}")
+    frame = None if kind >= _SKIPPED_FROM else _read_fields(source, kind)
+    for _ in range(length - known):
+        source.skip()
+    return frame
+
+
+_LENGTHS = {0: 8, 2: 3, 3: 4, 16: 4, 17: 4, 18: 3, 24: 4, 25: 4, 26: 5, 28: 3}
+"""How many values a frame's array has at least, by type."""
+
+
+def _read_fields(source: msgpack.Unpacker, kind: int) -> Frame:
+    read = source.unpack
+    match kind:
+        case 16:
+            changes = _read_array(source, CHANGES_MAX, bytes)
+            return Changes(changes, _flag(read()), _flag(read()))
+        case 17:
+            return Have(_name(read()), _read_version(source), _flag(read()))
+        case 18:
+            return Want(_name(read()), _read_ranges(source))
+        case 3:
+            fingerprint, told = _number(read(), 0, UINT64_MAX), _flag(read())
+            neighbours = _within(_read_array(source, NEIGHBOURS_MAX, int), WRITER_MAX)
+            return Heartbeat(fingerprint, neighbours if told else None)
+        case 24:
+            return Offer(_name(read()), _digest(read()), _size(read()))
+        case 25:
+            return Get(_name(read()), _digest(read()), _size(read()))
+        case 26:
+            document, digest, offset = _name(read()), _digest(read()), _size(read())
+            return Chunk(document, digest, offset, _sized(read(), bytes, 0, CHUNK_BYTES_MAX))
+        case 28:
+            return Busy(_name(read()), _number(read(), 0, RETRY_MS_MAX))
+        case 2:
+            return Bye(_number(read(), 0, 0xFFFF), _sized(read(), str, 0, 500))
+        case _:
+            return Hello(
+                proto_min=_number(read(), 1, 0xFFFF),
+                proto_max=_number(read(), 1, 0xFFFF),
+                writer=_number(read(), 1, WRITER_MAX),
+                session=_number(read(), 0, UINT64_MAX),
+                agent=_sized(read(), str, 1, 100),
+                role=ROLES[_number(read(), 0, len(ROLES) - 1)],
+                address=None if (address := read()) is None else _sized(address, str, 1, 500),
+            )
+
+
+def _read_array(
+    source: msgpack.Unpacker, groups_max: int, cls: type, group: int = 1
+) -> tuple[Any, ...]:
+    length = source.read_array_header()
+    if length > groups_max * group or length % group:
+        raise ProtocolError(f"an array of {length}, not of at most {groups_max} times {group}")
+    values = tuple(islice(source, length))
+    # The set of their types is the fastest way to ask, and tells False from 0.
+    if len(values) < length or not set(map(type, values)) <= {cls}:
+        raise ProtocolError(f"an array that is not {length} times {cls.__name__}")
+    return values
+
+
+def _read_version(source: msgpack.Unpacker) -> Version:
+    flat = _read_array(source, VERSION_ENTRIES_MAX, int, group=2)
+    writers, seqs = _within(flat[0::2], WRITER_MAX), _within(flat[1::2], SEQ_MAX)
+    version = Version(zip(writers, seqs, strict=True))
+    if len(version) < len(writers):
+        raise ProtocolError("a version names a writer twice")
+    return version
+
+
+def _read_ranges(source: msgpack.Unpacker) -> tuple[tuple[int, int, int], ...]:
+    flat = _read_array(source, RANGES_MAX, int, group=3)
+    writers = _within(flat[0::3], WRITER_MAX)
+    firsts, lasts = _within(flat[1::3], SEQ_MAX), _within(flat[2::3], SEQ_MAX)
+    if any(first > last for first, last in zip(firsts, lasts, strict=True)):
+        raise ProtocolError("a range ends before it begins")
+    return tuple(zip(writers, firsts, lasts, strict=True))
+
+
+def _within(numbers: tuple[int, ...], high: int) -> tuple[int, ...]:
+    if numbers and not 1 <= min(numbers) <= max(numbers) <= high:
+        raise ProtocolError(f"not all of these are from 1 to {high}: {numbers[:9]}")
+    return numbers
+
+
+def _number(value: Any, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise ProtocolError(f"not a number from {low} to {high}: {value!r:.50}")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ProtocolError(f"neither true nor false: {value!r:.50}")
+    return value
+
+
+def _sized(value: Any, cls: type[_Sized], low: int, high: int) -> _Sized:
+    if type(value) is not cls or not low <= len(value) <= high:
+        raise ProtocolError(f"not {cls.__name__} of length {low} to {high}")
+    return value
+
+
+def _name(value: Any) -> str:
+    return _sized(value, str, 1, NAME_CHARS_MAX)
+
+
+def _digest(value: Any) -> bytes:
+    return _sized(value, bytes, DIGEST_BYTES, DIGEST_BYTES)
+
+
+def _size(value: Any) -> int:
+    return _number(value, 0, SNAPSHOT_BYTES_MAX)
+
+
+# Compression
+
+_PARAMETERS = zstandard.ZstdCompressionParameters.from_level(3, window_log=WINDOW_LOG)
+
+# A compressor serves one thread at a time and is slow to create. Each call takes an idle
+# one; there are never more than threads that used one at once. (pop and append are atomic.)
+_compressors: list[zstandard.ZstdCompressor] = []
+_decompressors: list[zstandard.ZstdDecompressor] = []
+
+
+def _compress(raw: bytes) -> bytes:
+    try:
+        compressor = _compressors.pop()
+    except IndexError:
+        compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
+    packed: bytes = compressor.compress(raw)
+    _compressors.append(compressor)
+    return packed
+
+
+def _read_compressed(source: msgpack.Unpacker, length: int, room: int) -> bytes:
+    if length != 3:
+        raise ProtocolError("a compressed frame is not [127, raw size, zstd]")
+    raw_size = _number(source.unpack(), 1, min(FRAME_BYTES_MAX, room))
+    packed = _sized(source.unpack(), bytes, 1, FRAME_BYTES_MAX)
+    # zstd allocates what its header states and then ignores max_output_size, and minds the
+    # window only when streaming. So nothing is unpacked before the header was read here.
+    stated = zstandard.get_frame_parameters(packed)
+    if stated.content_size != raw_size:
+        raise ProtocolError(f"a compressed frame of {raw_size} bytes states {stated.content_size}")
+    if stated.window_size > 1 << WINDOW_LOG:
+        raise ProtocolError(f"a compressed frame looks back {stated.window_size} bytes")
+    return _decompress(packed)
+
+
+def _decompress(packed: bytes) -> bytes:
+    try:
+        decompressor = _decompressors.pop()
+    except IndexError:
+        decompressor = zstandard.ZstdDecompressor()
+    try:
+        raw: bytes = decompressor.decompress(packed, allow_extra_data=False)
+        return raw
+    finally:
+        _decompressors.append(decompressor)
