@@ -182,20 +182,20 @@ class Snapshot(NamedTuple):
                 self.state,
             ]
         )
-        digest = hashlib.blake2b(body, digest_size=16).digest()
-        packed: bytes = digest + zstandard.ZstdCompressor(level=3).compress(body)
-        return packed
+        packed = zstandard.ZstdCompressor(level=3).compress(body)
+        return hashlib.blake2b(packed, digest_size=16).digest() + packed
 
     @classmethod
     def decode(cls, data: bytes) -> Snapshot:
         """Read a snapshot that may come from anybody. Raises InvalidUpdate."""
+        if hashlib.blake2b(data[16:], digest_size=16).digest() != data[:16]:
+            raise InvalidUpdate("a snapshot's checksum does not match")
         try:
+            # The size that the frame states is what zstd allocates, whatever else it is told.
             size = zstandard.frame_content_size(data[16:])
             if not 0 < size <= STATE_BYTES_MAX:
                 raise InvalidUpdate(f"a snapshot of {size} bytes is out of bounds")
             body = zstandard.ZstdDecompressor().decompress(data[16:], max_output_size=size)
-            if hashlib.blake2b(body, digest_size=16).digest() != data[:16]:
-                raise InvalidUpdate("a snapshot's checksum does not match")
             fields = msgpack.unpackb(body, use_list=False)
         except (zstandard.ZstdError, ValueError, MemoryError) as exc:
             raise InvalidUpdate(f"a snapshot cannot be read: {exc}") from exc

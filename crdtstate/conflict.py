@@ -199,6 +199,8 @@ class _Ordered:
         ranks = _rank(one), _rank(two)
         if ranks[0] != ranks[1]:
             return ranks[0] < ranks[1]
+        if one is None:
+            return False
         if isinstance(one, dict):
             return [_Pair(i) for i in sorted(one.items(), key=repr)] < [
                 _Pair(i) for i in sorted(two.items(), key=repr)

@@ -21,8 +21,6 @@ as attributes and end with what to do, where that is known.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 
 class CRDTStateError(Exception):
     """The root of all errors raised by crdtstate."""
@@ -79,7 +77,7 @@ class StoreError(CRDTStateError):
         path: The store's file.
     """
 
-    def __init__(self, path: str | Path, reason: str) -> None:
+    def __init__(self, path: object, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.path = str(path)
         self.reason = reason

@@ -82,10 +82,10 @@ class Native:
         for name, handle in self._handles.items():
             doc[name] = handle
         self._doc = doc
-        # Edits that no change carries yet; while not open, what a rollback left of them.
-        self._updates: list[bytes] = []
-        self.is_open = False
-        # The clock of the first open edit.
+        # What no change carries yet: what a rollback left, and the edits since.
+        self._undone: list[bytes] = []
+        self._edits: list[bytes] = []
+        # The clock of the first of those edits.
         self._first = self._known.clocks.get(self.writer, 0)
         # Takes updates that are not edits of the user.
         self._aside: list[bytes] | None = None
@@ -132,11 +132,15 @@ class Native:
         if self._aside is not None:
             self._aside.append(event.update)
             return
-        self._updates.append(event.update)
-        is_large = CHANGE_BYTES_GOAL < sum(map(len, self._updates)) <= CHANGE_BYTES_MAX
-        if is_large or not self.is_open:
-            self.is_open = True
+        was_open = self.is_open
+        self._edits.append(event.update)
+        if not was_open or CHANGE_BYTES_GOAL < sum(map(len, self._edits)) <= CHANGE_BYTES_MAX:
             self._on_write()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is something to `take`."""
+        return bool(self._undone or self._edits)
 
     def take(self) -> bytes:
         """Close the open change and return it as one update; empty if none is open.
@@ -146,15 +150,14 @@ class Native:
         """
         if not self.is_open:
             return b""
-        update = _merge(self._updates)
+        update = _merge(self._undone + self._edits)
         try:
             check_change(update, self.writer, self._known)
         except InvalidUpdate as exc:
             self._start()
             raise UsageError(f"edits were undone, as others would refuse them: {exc}") from exc
         self._sealed.apply_update(update)
-        self._updates = []
-        self.is_open = False
+        self._undone, self._edits = [], []
         self._first = self._known.clocks.get(self.writer, 0)
         return update
 
@@ -164,29 +167,28 @@ class Native:
         Raises:
             UsageError: A pycrdt transaction is open; nothing changed.
         """
-        if not self.is_open:
+        if not self._edits:
             return
+        base: Doc[Any] = Doc()
+        for update in (self._sealed.get_update(), *self._undone):
+            base.apply_update(update)
         with self._transaction() as updates:
             count = self._next_clock() - self._first
             if count:
                 ours = encode_deletes({self.writer: [(self._first, count)]})
                 self._doc.apply_update(b"\0" + ours)
             roots = [(name, root) for name, root in self._doc.items() if root is not None]
-            pairs = [(root, self._sealed.get(name, type=type(root))) for name, root in roots]
-            for living, sealed in pairs:
-                _mend(living, sealed)
-        if any(_content(living) != _content(sealed) for living, sealed in pairs):
+            pairs = [(root, base.get(name, type=type(root))) for name, root in roots]
+            for living, wanted in pairs:
+                _mend(living, wanted)
+        if any(_content(living) != _content(wanted) for living, wanted in pairs):
             self._start()
             return
-        # What came and went since the last change comes out of another Doc as mere tombstones.
-        scratch: Doc[Any] = Doc()
-        scratch.apply_update(self._sealed.get_update())
-        left: list[bytes] = []
-        subscription = scratch.observe(lambda event: left.append(event.update))
-        scratch.apply_update(_merge(self._updates + updates))
-        scratch.unobserve(subscription)
-        self._updates = left
-        self.is_open = False
+        # What came and went since then comes out of another Doc as mere tombstones.
+        subscription = base.observe(lambda event: self._undone.append(event.update))
+        base.apply_update(_merge(self._edits + updates))
+        base.unobserve(subscription)
+        self._edits = []
         self._first = self._next_clock()
 
     def _next_clock(self) -> int:
@@ -207,7 +209,7 @@ class Native:
             UsageError: A pycrdt transaction is open; nothing changed.
         """
         with self._transaction():
-            if writer == self.writer and self._updates:
+            if writer == self.writer and self.is_open:
                 raise InvalidUpdate("an own change from elsewhere, while there are open edits")
             touched = check_change(update, writer, self._known)
             self._sealed.apply_update(update)
@@ -227,12 +229,12 @@ class Native:
         with self._transaction():
             known = check_state(state)
             here, there = (k.clocks.get(self.writer, 0) for k in (self._known, known))
-            if here < there and self._updates:
+            if here < there and self.is_open:
                 raise InvalidUpdate("own changes from elsewhere, while there are open edits")
             self._sealed.apply_update(state)
             self._doc.apply_update(state)
             self._known.join(known)
-            if not self._updates:
+            if not self.is_open:
                 self._first = max(here, there)
         return [f"y{root}{SEPARATOR}" for root in sorted(known.roots())]
 
@@ -271,35 +273,13 @@ def _merge(updates: list[bytes]) -> bytes:
 # Going back
 
 
-class _Cell(NamedTuple):
-    """A character or embed of a text."""
-
-    value: Any
-    attributes: dict[str, Any]
-    content: Any
-    marks: Any
-
-    @property
-    def size(self) -> int:
-        return len(self.value.encode()) if isinstance(self.value, str) else 1
-
-
-def _cells(text: Text) -> list[_Cell]:
-    cells: list[_Cell] = []
-    for part, attributes in text.diff():
-        marks = _content(attributes or {})
-        values = part if isinstance(part, str) else [part]
-        cells += [_Cell(value, attributes or {}, _content(value), marks) for value in values]
-    return cells
-
-
 def _content(value: Any) -> Any:
     """What a value reads as; equal only if the types are: 1.0 is not True here."""
     match value:
         case str():
             return value
         case Text():
-            return [Text, *((cell.content, cell.marks) for cell in _cells(value))]
+            return [Text, *_runs(value)]
         case Array():
             return [Array, *map(_content, value)]
         case YMap():
@@ -308,6 +288,9 @@ def _content(value: Any) -> Any:
             return {key: _content(inner) for key, inner in value.items()}
         case list():
             return [_content(inner) for inner in value]
+        case int() | float() if not isinstance(value, bool):
+            # An int beyond 2**53 stays one only where it was written.
+            return float, repr(float(value))
     return type(value), repr(value)
 
 
@@ -316,7 +299,8 @@ def _mend(living: Any, wanted: Any) -> None:
     Doc, does not have."""
     match living, wanted:
         case Text(), Text():
-            _mend_text(living, wanted)
+            if _content(living) != _content(wanted):
+                _mend_text(living, wanted)
         case Array(), Array():
             for at, value in enumerate(wanted):
                 # Items have the same identity in both.
@@ -337,40 +321,65 @@ def _item(array: Array[Any], at: int) -> bytes:
 
 
 def _mend_text(living: Text, wanted: Text) -> None:
-    have, want = deque(_cells(living)), _cells(wanted)
-    if sum(cell.size for cell in have) != len(living):
-        return  # An embedded string: it looks like text. That it is not mended will be noticed.
-    lost: list[bool] = []
-    for cell in want:
-        lost.append(not have or have[0].content != cell.content)
-        if not lost[-1]:
+    have = deque((_content(value), _size(value)) for value, _, _ in _cells(living))
+    if sum(size for _, size in have) != len(living):
+        return  # An embedded string: it looks like text. That it stays is noticed later.
+    lost: list[tuple[bool, _Cell]] = []
+    for cell in _cells(wanted):
+        is_lost = not have or have[0][0] != _content(cell[0])
+        lost.append((is_lost, cell))
+        if not is_lost:
             have.popleft()
     at = 0
-    for (is_lost, is_text, _), group in groupby(zip(lost, want, strict=True), key=_run):
-        cells = [cell for _, cell in group]
-        attributes = _plain(cells[0].attributes)
+    for (is_lost, (is_text, _)), run in groupby(lost, key=lambda pair: (pair[0], pair[1][2])):
+        cells = [cell for _, cell in run]
+        attributes = _plain(cells[0][1])
         if is_lost and is_text:
-            living.insert(at, "".join(cell.value for cell in cells), attributes)
+            living.insert(at, "".join(value for value, _, _ in cells), attributes)
         elif is_lost:
-            for cell in reversed(cells):
-                _put(cell.value, partial(living.insert_embed, at, attrs=attributes))
-        at += sum(cell.size for cell in cells)
+            for value, _, _ in reversed(cells):
+                _put(value, partial(living.insert_embed, at, attrs=attributes))
+        at += sum(_size(value) for value, _, _ in cells)
     if _content(living) != _content(wanted):
         _mend_formats(living, wanted)
 
 
-def _run(pair: tuple[bool, _Cell]) -> tuple[bool, bool, Any]:
-    return pair[0], isinstance(pair[1].value, str), pair[1].marks
-
-
 def _mend_formats(living: Text, wanted: Text) -> None:
-    names = {name for cell in _cells(living) for name in cell.attributes}
+    clear = {name: None for _, attributes, _ in _cells(living) for name in attributes}
     at = 0
-    for _, group in groupby(_cells(wanted), key=lambda cell: cell.marks):
-        cells = list(group)
-        end = at + sum(cell.size for cell in cells)
-        living.format(at, end, dict.fromkeys(names) | _plain(cells[0].attributes))
+    for value, attributes in wanted.diff():
+        end = at + _size(value)
+        living.format(at, end, clear | _plain(attributes or {}))
         at = end
+
+
+def _runs(text: Text) -> Iterator[tuple[Any, Any]]:
+    """What a text reads as; pycrdt may cut a run in two where nothing changes."""
+    for style, runs in groupby(text.diff(), key=_style):
+        parts = [part for part, _ in runs]
+        yield style, "".join(parts) if style[0] else [_content(part) for part in parts]
+
+
+_Cell = tuple[Any, dict[str, Any], tuple[bool, Any]]
+"""``(value, attributes, style)`` of a character or embed of a text."""
+
+
+def _cells(text: Text) -> list[_Cell]:
+    cells: list[_Cell] = []
+    for run in text.diff():
+        part, attributes = run
+        style = _style(run)
+        cells += [(value, attributes or {}, style) for value in (part if style[0] else [part])]
+    return cells
+
+
+def _style(run: tuple[Any, dict[str, Any] | None]) -> tuple[bool, Any]:
+    """Whether a run of a text is characters, and how it is formatted."""
+    return isinstance(run[0], str), _content(run[1] or {})
+
+
+def _size(value: Any) -> int:
+    return len(value.encode()) if isinstance(value, str) else 1
 
 
 def _put(value: Any, put: Callable[[Any], None]) -> None:

@@ -155,8 +155,13 @@ class Known:
     def _add(self, client: int, struct: Struct) -> None:
         clock, length, kind = struct[:3]
         place = self._place(struct) if kind != GC else None
-        if place is not None and place.depth > DEPTH_MAX:
-            raise InvalidUpdate(f"types nest deeper than {DEPTH_MAX}")
+        if place is not None:
+            if place.depth > DEPTH_MAX:
+                raise InvalidUpdate(f"types nest deeper than {DEPTH_MAX}")
+            # Under a key each value follows the one before; only deleted ones form runs.
+            is_one = length == 1 and kind in (BINARY, TYPE, ANY) or kind == DELETED
+            if place.keyed and (struct[4] or not is_one):
+                raise InvalidUpdate("what is under a key is not one value")
         places = self._places.setdefault(client, [])
         starts = self._starts.setdefault(client, [])
         if not places or places[-1] != place:
@@ -178,14 +183,15 @@ class Known:
             if parent not in self._types and not holder.is_deleted:
                 raise InvalidUpdate("an item in something that is not a type")
             return Place(holder.root, holder.depth + 1, parent, keyed, is_deleted)
-        found = [self._at(item) for item in (left, right) if item]
-        places = [place._replace(is_deleted=is_deleted) for place in found if place]
-        if len(places) < len(found):
+        beside = [self._at(item) for item in (left, right) if item]
+        place = beside[0]
+        if place is None or beside[-1] is None:
             # Beside something collected, yrs collects it too; it doesn't matter where.
             return None
-        if places[0] != places[-1] or places[0].keyed != keyed:
+        # Merging updates, yrs forgets to say of an item that follows another that it is keyed.
+        if place[:4] != beside[-1][:4] or keyed > place.keyed:
             raise InvalidUpdate("an item beside items of another place")
-        return places[0]
+        return place if place.is_deleted == is_deleted else place._replace(is_deleted=is_deleted)
 
     def _at(self, item: Id) -> Place | None:
         client, clock = item
@@ -283,9 +289,6 @@ class _Reader:
         length = self.content(kind)
         if not length:
             raise InvalidUpdate("an item of length 0")
-        # Under a key each value follows the one before, and of those only runs are left.
-        if keyed and (right or kind in (STRING, EMBED, FORMAT) or length > 1 and kind != DELETED):
-            raise InvalidUpdate("what is under a key is not one value")
         return clock, length, kind, left, right, parent, keyed
 
     def parent(self) -> Id | str:
@@ -358,7 +361,11 @@ class _Reader:
         return self.data[self.at - 1]
 
     def number(self, number_max: int = CLOCK_MAX) -> int:
-        number, self.at = _parse_varint(self.data, self.at)
+        number = self.data[self.at]
+        if number < 128:
+            self.at += 1
+        else:
+            number, self.at = _parse_varint(self.data, self.at)
         if number > number_max:
             raise InvalidUpdate(f"a number is {number}; at most {number_max}")
         return number

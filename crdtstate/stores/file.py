@@ -245,7 +245,7 @@ def read_indexes(
             gap = f"change {seq} after {index.newest(writer)}"
             raise damage(path, f"table journal, row {newest}, {gap}")
     for number, version in versions.items():
-        by_number[number].contain(version)
+        by_number[number].save(version)
     return indexes, garbage, newest
 
 

@@ -50,6 +50,11 @@ class WriterIndex:
         self.first += count
         return rows
 
+    def cut(self, count: int) -> None:
+        """Drop all but the oldest *count* rows."""
+        self.end = self._end_before(count)
+        del self.rows[count:], self.ends[count:]
+
     def _end_before(self, place: int) -> int:
         return self.ends[place - 1] if place else self.forgotten
 
@@ -64,7 +69,8 @@ class DocumentIndex:
 
     def __init__(self, number: int = 0) -> None:
         self.number = number  # What rows of the file have for the document's name.
-        self.size = 0  # Bytes of the changes that the snapshot does not contain.
+        self.saved = Version()  # What the snapshot contains.
+        self.size = 0  # Bytes of the changes that it does not contain.
         self.writers: dict[int, WriterIndex] = {}
 
     def add(self, writer: int, seq: int, row: int, size: int) -> None:
@@ -114,12 +120,25 @@ class DocumentIndex:
         """Take over the *floor* of a stored document, before its rows are added."""
         self.writers = {writer: WriterIndex(seq + 1) for writer, seq in floor.items()}
 
-    def contain(self, version: Version) -> None:
-        """Count `size` anew: the snapshot now contains *version*."""
+    def save(self, version: Version) -> None:
+        """Note that the snapshot contains *version*."""
+        self.saved = version.copy()
         self.size = sum(
             index.bytes_of(index.count_through(version.get(writer, 0)), len(index.rows))
             for writer, index in self.writers.items()
         )
+
+    def rows_after(self, writer: int, seq: int) -> Sequence[int]:
+        """The rows of *writer*'s changes above *seq*."""
+        index = self.writers.get(writer)
+        return index.rows[index.count_through(seq) :] if index else ()
+
+    def cut(self, writer: int, seq: int) -> None:
+        """Drop the rows of *writer*'s changes above *seq*, as if they had never been added."""
+        assert self.saved.get(writer, 0) <= seq, "a snapshot cannot be taken apart"
+        if index := self.writers.get(writer):
+            index.cut(index.count_through(seq))
+            self.save(self.saved)
 
     def compact(self, version: Version, keep_bytes: int) -> array[int]:
         """
@@ -145,7 +164,7 @@ class DocumentIndex:
             cut = _cut(contained, keep_bytes)
             for index, count in contained:
                 forgotten += index.forget(bisect_right(index.rows, cut, hi=count))
-        self.contain(version)
+        self.save(version)
         assert self.floor() <= version, f"the floor {self.floor()} rose above {version} (I7)"
         return forgotten
 

@@ -19,7 +19,7 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +27,7 @@ from typing import Literal
 import apsw
 
 from crdtstate.clock import Version
+from crdtstate.errors import StoreError
 from crdtstate.stores import Entry, Saved, Session
 from crdtstate.stores.file import (
     Host,
@@ -207,9 +208,12 @@ class Journal:
         """
         Yield all snapshots, then the newer entries, in the order of delivery.
 
+        What is queued is written first, if the disk lets us.
+
         Raises:
             CorruptStore: A row fails its checksum; names the row.
         """
+        self._write()
         versions: dict[str, Version] = {}
         # In one transaction, or a compaction in between would hide entries from both parts.
         with translated(self._path), self._reader:
@@ -286,6 +290,29 @@ class Journal:
         version, floor = packed(saved.version), packed(index.floor())
         sha256 = digest(saved.document, version, floor, saved.data)
         self._submit(ADD_SNAPSHOT, [(index.number, version, floor, sha256, saved.data)], forgotten)
+
+    def forget(self, writer: int, after: Mapping[str, int]) -> None:
+        """
+        Remove for ever the changes of *writer* above ``after[document]`` from all documents.
+
+        Raises:
+            StoreUnavailable: The disk refuses; nothing was removed.
+            StoreError: A snapshot contains some of them; nothing was removed.
+        """
+        self._write()
+        if self._write_failure:
+            raise self._write_failure
+        rows: list[Row] = []
+        for document, index in self._indexes.items():
+            if index.saved.get(writer, 0) > after.get(document, 0):
+                reason = f"the snapshot of {document!r} contains changes that must be removed"
+                advice = "move the file away: a new one fills from the peers"
+                raise StoreError(self._path, f"{reason}; {advice}")
+            rows += ((row,) for row in index.rows_after(writer, after.get(document, 0)))
+        with translated(self._path), self._lock:
+            self._transact([(DELETE_CHANGE, rows)])
+        for document, index in self._indexes.items():
+            index.cut(writer, after.get(document, 0))
 
     def retry(self) -> None:
         """Try again to write what waits after a `failure`."""
@@ -399,7 +426,8 @@ class Journal:
             with self._lock:
                 while self._queue and len(self._group) < GROUP_MAX:
                     self._group.append(self._queue.popleft())
-                self._write_group(self._group)
+                if self._group:
+                    self._write_group(self._group)
             if self.durability == "power":
                 self._on_progress()
             if self._write_failure:

@@ -7,7 +7,7 @@ is appended is committed and synced at once. It takes as much memory as what it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from crdtstate.clock import Version
 from crdtstate.stores import Entry, Saved, Session
@@ -75,6 +75,13 @@ class MemoryStore:
 
     def retry(self) -> None:
         """Nothing to do: nothing fails."""
+
+    def forget(self, writer: int, after: Mapping[str, int]) -> None:
+        """Remove the changes of *writer* above ``after[document]`` from all documents."""
+        for document, index in self._indexes.items():
+            for row in index.rows_after(writer, after.get(document, 0)):
+                del self._rows[row]
+            index.cut(writer, after.get(document, 0))
 
     def compact(self, saved: Saved, keep_bytes: int) -> None:
         """Keep *saved* as the document's snapshot and forget old changes that it contains."""

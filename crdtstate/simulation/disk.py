@@ -1,0 +1,316 @@
+"""
+A disk that can be pulled out of the wall.
+
+It keeps the contract of `stores.Store` in virtual time. What is written to it is a row of
+*steps*, each of them atomic. Some time after a step was queued it is *committed* (it survives
+the process), some time after that *synced* (it survives a power cut); with ``durability="power"``
+both are one. A crash leaves a prefix of the steps: all that must survive, and by chance more.
+
+Which changes to keep at a compaction is decided by the same `DocumentIndex` as in the journal.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal
+
+from crdtstate.clock import Version
+from crdtstate.identity import Session
+from crdtstate.stores import Entry, Saved
+from crdtstate.stores.index import DocumentIndex
+
+Durability = Literal["process", "power"]
+
+Step = Callable[["Image"], None]
+"""One atomic write."""
+
+SYNC_EVERY = 0.1
+SLOW_COMMITS = 0.02
+"""How many of the commits take as long as an unlucky fsync."""
+
+
+class Image:
+    """The contents of a disk after some steps."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Entry] = {}
+        self.last_row = 0
+        self.indexes: dict[str, DocumentIndex] = {}
+        self.saved: dict[str, Saved] = {}
+        # Document -> what rows and snapshot amount to.
+        self.versions: dict[str, Version] = {}
+        # The newest session: agent, writer, boot, place; and whether it was closed.
+        self.epoch: tuple[str, int, int, int] | None = None
+        self.clean = False
+
+    def index(self, document: str) -> DocumentIndex:
+        return self.indexes.setdefault(document, DocumentIndex())
+
+    def append(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self.last_row += 1
+            index = self.index(entry.document)
+            index.add(entry.writer, entry.seq, self.last_row, len(entry.data))
+            self.rows[self.last_row] = entry
+            self.versions.setdefault(entry.document, Version())[entry.writer] = entry.seq
+
+    def compact(self, saved: Saved, keep_bytes: int) -> None:
+        for row in self.index(saved.document).compact(saved.version, keep_bytes):
+            del self.rows[row]
+        self.saved[saved.document] = saved
+        self.versions.setdefault(saved.document, Version()).merge(saved.version)
+
+    def forget(self, writer: int, after: Mapping[str, int]) -> None:
+        """Take out what *writer* wrote in each document after the seq given for that."""
+        for name, old in self.indexes.items():
+            last = after.get(name, 0)
+            if old.newest(writer) <= last:
+                continue
+            floor = old.floor()
+            index = self.indexes[name] = DocumentIndex()
+            index.start_at(floor)
+            for row, entry in list(self.rows.items()):
+                if entry.document != name:
+                    continue
+                if entry.writer == writer and entry.seq > last:
+                    del self.rows[row]
+                else:
+                    index.add(entry.writer, entry.seq, row, len(entry.data))
+            if name in self.saved:
+                index.contain(self.saved[name].version)
+            self.versions[name][writer] = last
+            if not last:
+                del self.versions[name][writer]
+
+
+class Disk:
+    """The disk of one host; it outlives the replicas that run there.
+
+    Args:
+        durability: What a commit survives.
+        rng: For how long commits take, and what a crash leaves.
+    """
+
+    def __init__(self, durability: Durability, rng: random.Random) -> None:
+        self.durability = durability
+        self.session = Session(None, None, False, False, False, False)
+        # Numbers of the newest step queued, committed, synced.
+        self.queued = 0
+        self.committed = 0
+        self.synced = 0
+        self._rng = rng
+        # What a power cut leaves, the steps after it, and what they amount to.
+        self._kept = Image()
+        self._steps: deque[Step] = deque()
+        self._image = Image()
+        # What is committed of each document.
+        self._committed_versions: dict[str, Version] = {}
+        self._sizes: deque[tuple[int, str, Version]] = deque()
+        self._boot = 0
+        self._place = 0
+        self._call_later: Callable[[float, Callable[[], None]], None]
+        self._on_progress: Callable[[], None] = lambda: None
+        self._is_writing = False
+        self._is_syncing = False
+        self._stalled_until: Callable[[], float] = lambda: 0.0
+
+    # Sessions
+
+    def attach(self, call_later: Callable[[float, Callable[[], None]], None]) -> None:
+        """Serve a new process, whose callbacks go through *call_later*."""
+        self._call_later = call_later
+        self._is_writing = self._is_syncing = False
+        self.queued = self.committed = self.synced = 0
+        image = self._image
+        if image.epoch is None:
+            self.session = Session(None, None, False, False, False, False)
+        else:
+            agent, writer, boot, place = image.epoch
+            self.session = Session(
+                agent,
+                writer,
+                image.clean,
+                boot == self._boot,
+                place == self._place,
+                self.durability == "power",
+            )
+
+    def start(self, agent: str, writer: int, on_progress: Callable[[], None]) -> None:
+        """Begin a session as *writer*, synced at once."""
+        self._on_progress = on_progress
+        epoch = (agent, writer, self._boot, self._place)
+
+        def begin(image: Image) -> None:
+            image.epoch, image.clean = epoch, False
+
+        self._queue(begin)
+        self._commit(self.queued)
+        self._sync(self.queued)
+
+    def close(self) -> None:
+        """End the session in order."""
+
+        def end(image: Image) -> None:
+            image.clean = True
+
+        self._queue(end)
+        self._commit(self.queued)
+        self._sync(self.queued)
+
+    def crash(self, *, power: bool) -> None:
+        """Lose what is not committed, or with *power* what is not synced; or not all of it."""
+        safe = len(self._steps) - self.queued + (self.synced if power else self.committed)
+        self._boot += power
+        if self._rng.random() < 0.5:
+            safe += self._rng.randint(0, len(self._steps) - safe)
+        for step in list(self._steps)[:safe]:
+            step(self._kept)
+        self._steps.clear()
+        self._reset(self._kept)
+
+    def backup(self) -> Image:
+        """A copy of what is certainly on the disk."""
+        return copy.deepcopy(self._kept)
+
+    def put_back(self, backup: Image, *, unnoticed: bool) -> None:
+        """Replace the contents by a *backup*, as a file of its own or, *unnoticed*, as the same
+        file, as rolling back a virtual machine does."""
+        assert not self._steps, "crash first"
+        self._place += not unnoticed
+        self._kept = copy.deepcopy(backup)
+        self._reset(self._kept)
+
+    def _reset(self, image: Image) -> None:
+        self._image = copy.deepcopy(image)
+        self._sizes.clear()
+        self._committed_versions = {name: v.copy() for name, v in image.versions.items()}
+
+    # Reading
+
+    def load(self) -> Iterator[Saved | Entry]:
+        """Yield all snapshots, then the newer committed entries, in the order of delivery."""
+        image = self._image
+        yield from list(image.saved.values())
+        for entry in list(image.rows.values()):
+            saved = image.saved.get(entry.document)
+            dot = (entry.writer, entry.seq)
+            if saved is None or not saved.version.covers(dot):
+                if self.version(entry.document).covers(dot):
+                    yield entry
+
+    def version(self, document: str) -> Version:
+        """What is committed of *document*."""
+        return self._committed_versions.get(document) or Version()
+
+    def floor(self, document: str) -> Version:
+        """Up to which change of each writer the journal has forgotten."""
+        return self._image.index(document).floor()
+
+    def documents(self) -> list[str]:
+        """The documents of which something is on the disk."""
+        return sorted(self._image.versions)
+
+    def read(
+        self, document: str, ranges: Sequence[tuple[int, int, int]], size_max: int
+    ) -> tuple[list[bytes], bool]:
+        """Return the committed changes in *ranges*, in the order of the journal, as far as they
+        fit in *size_max* bytes (one fits always), and whether there are more."""
+        index = self._image.index(document)
+        rows = sorted(
+            row
+            for writer, first, last in ranges
+            for row in index.find(
+                writer, first, min(last, self.version(document).get(writer, 0)), 2**60
+            )
+        )
+        found: list[bytes] = []
+        size = 0
+        for row in rows:
+            data = self._image.rows[row].data
+            size += len(data)
+            if found and size > size_max:
+                return found, True
+            found.append(data)
+        return found, False
+
+    # Writing
+
+    def append(self, entries: Sequence[Entry]) -> int:
+        """Queue *entries* for one atomic commit and return the ticket."""
+        self._queue(lambda image: image.append(entries))
+        versions: dict[str, Version] = {}
+        for entry in entries:
+            versions.setdefault(entry.document, Version())[entry.writer] = entry.seq
+        for name, version in versions.items():
+            self._sizes.append((self.queued, name, version))
+        self._write()
+        return self.queued
+
+    def compact(self, saved: Saved, keep_bytes: int) -> None:
+        """Keep *saved* as the document's snapshot and forget old changes that it contains."""
+        self._queue(lambda image: image.compact(saved, keep_bytes))
+        self._sizes.append((self.queued, saved.document, saved.version))
+        self._write()
+
+    def forget(self, writer: int, after: Mapping[str, int]) -> None:
+        """Take out of the journal what *writer* wrote after the seq given for each document."""
+        self._queue(lambda image: image.forget(writer, after))
+        self._commit(self.queued)
+        self._sync(self.queued)
+        self._committed_versions = {n: v.copy() for n, v in self._image.versions.items()}
+
+    def stall(self, until: float, now: Callable[[], float]) -> None:
+        """Commit nothing before *until*, as a disk that is full or busy."""
+        self._stalled_until = lambda: until - now()
+
+    def _queue(self, step: Step) -> None:
+        self.queued += 1
+        self._steps.append(step)
+        step(self._image)
+
+    def _write(self) -> None:
+        """Commit at once, as the process does without durability="power", or begin to."""
+        if self._is_writing:
+            return
+        rng, pause = self._rng, max(0.0, self._stalled_until())
+        if self.durability == "process" and not pause and rng.random() < 0.5:
+            self._commit(self.queued)
+            return
+        self._is_writing = True
+        slow = rng.random() < SLOW_COMMITS
+        delay = pause + (rng.uniform(0.05, 0.3) if slow else rng.uniform(0.0002, 0.008))
+        goal = self.queued
+        self._call_later(delay, lambda: self._finish(goal))
+
+    def _finish(self, goal: int) -> None:
+        self._is_writing = False
+        self._commit(goal)
+        if self.committed < self.queued:
+            self._write()
+        self._on_progress()
+
+    def _commit(self, goal: int) -> None:
+        self.committed = max(goal, self.committed)
+        while self._sizes and self._sizes[0][0] <= goal:
+            _, name, version = self._sizes.popleft()
+            self._committed_versions.setdefault(name, Version()).merge(version)
+        if self.durability == "power":
+            self._sync(goal)
+        elif not self._is_syncing:
+            self._is_syncing = True
+            self._call_later(SYNC_EVERY, self._sync_all)
+
+    def _sync_all(self) -> None:
+        self._is_syncing = False
+        self._sync(self.committed)
+        if self.synced < self.committed:
+            self._is_syncing = True
+            self._call_later(SYNC_EVERY, self._sync_all)
+
+    def _sync(self, goal: int) -> None:
+        while self.synced < goal:
+            self._steps.popleft()(self._kept)
+            self.synced += 1
