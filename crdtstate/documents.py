@@ -160,6 +160,7 @@ class DocumentSet:
 
     def _on_write(self, document: Document) -> None:
         if document.name not in self._open:
+            self._check_usable()
             self._open[document.name] = document
             self._written()
         elif self._transaction is None:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from pycrdt import Array, Decoder, Doc, Subscription, Text, TransactionEvent, merge_updates
 from pycrdt import Map as YMap

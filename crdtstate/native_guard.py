@@ -46,7 +46,8 @@ ROOT_CHARS_MAX = 200
 GC, DELETED, BINARY, STRING, EMBED, FORMAT, TYPE, ANY = 0, 1, 3, 4, 5, 6, 7, 8
 _KINDS = frozenset({DELETED, BINARY, STRING, EMBED, FORMAT, TYPE, ANY})
 _LEFT, _RIGHT, _KEYED, _KIND = 0x80, 0x40, 0x20, 0x1F
-_TYPES = frozenset({0, 1, 2})  # array, map, text
+_IN_ARRAYS, _IN_TEXTS = frozenset({BINARY, ANY}), frozenset({STRING, EMBED, FORMAT})
+_ARRAY, _MAP, _TEXT = 0, 1, 2
 
 # Kinds of plain values, the first with the bytes they take.
 _SIZES = {127: 0, 126: 0, 124: 4, 123: 8, 122: 8, 121: 0, 120: 0}
@@ -55,9 +56,10 @@ _INT, _WORD, _OBJECT, _LIST, _BUFFER = 125, 119, 118, 117, 116
 Id = tuple[int, int]
 """``(client, clock)`` of an item."""
 
-Struct = tuple[int, int, int, Id | None, Id | None, Id | str | None, bool]
-"""``(clock, length, kind, left, right, parent, keyed)``. The parent, a root's name or the item
-that is a type, is only given where there are neither left nor right."""
+Struct = tuple[int, int, int, Id | None, Id | None, Id | str | None, bool, list[int]]
+"""``(clock, length, kind, left, right, parent, keyed, halves)``. The parent, a root's name or the
+item that is a type, is only given where there are neither left nor right. Halves are the clocks
+within the length that are the second of a character of two."""
 
 Ranges = dict[int, list[Range]]
 """Client -> ranges of its clocks."""
@@ -87,7 +89,11 @@ class Known:
         # Client -> where its runs start, and their places. None: collected, so nobody knows.
         self._starts: dict[int, list[int]] = {}
         self._places: dict[int, list[Place | None]] = {}
-        self._types: set[Id] = set()
+        # Items that are types -> which, and the roots of which it is known.
+        self._types: dict[Id, int] = {}
+        self._roots: dict[str, tuple[int, Id | None]] = {}
+        # Where no item may be cut: yrs would keep an empty one, and nobody could read its state.
+        self._halves: set[Id] = set()
 
     def roots(self) -> set[str]:
         return {place.root for places in self._places.values() for place in places if place}
@@ -102,14 +108,30 @@ class Known:
                 roots.update(place.root for place in places[first:end] if place)
         return roots
 
+    def settle(self, root: str, kind: int, item: Id | None = None) -> bool:
+        """Hold *root* to be a text or an array; False if it is the other one.
+
+        The name of a root says nothing of its type, and an array that holds text which is not
+        ASCII makes pycrdt hang when it is read.
+        """
+        return self._roots.setdefault(root, (kind, item))[0] == kind
+
     def join(self, other: Known) -> None:
-        """Take in what *other* knows of the same document."""
+        """Take in what *other* knows of the same document.
+
+        Raises:
+            InvalidUpdate: They disagree on the type of a root; nothing changed.
+        """
+        if any(self._roots.get(root, it)[0] != it[0] for root, it in other._roots.items()):
+            raise InvalidUpdate(_TWO_TYPES)
+        self._roots = other._roots | self._roots
         for client, clock in other.clocks.items():
             if clock > self.clocks.get(client, 0):
                 self.clocks[client] = clock
                 self._starts[client] = other._starts[client]
                 self._places[client] = other._places[client]
-        self._types |= other._types
+        self._types.update(other._types)
+        self._halves |= other._halves
 
     def extend(self, sections: Mapping[int, Sequence[Struct]], deletes: Ranges) -> None:
         """Add items, each after those it refers to, and check that what is deleted is there.
@@ -134,8 +156,11 @@ class Known:
                 todo += waiting.pop(client, [])
         if any(done[client] < len(structs) for client, structs in sections.items()):
             raise InvalidUpdate("an item refers to one that is not there, or is later")
-        if any(sum(spans[-1]) > self.clocks.get(client, 0) for client, spans in deletes.items()):
-            raise InvalidUpdate("deletes what nobody has written")
+        for client, spans in deletes.items():
+            if sum(spans[-1]) > self.clocks.get(client, 0):
+                raise InvalidUpdate("deletes what nobody has written")
+            if any({(client, span[0]), (client, sum(span))} & self._halves for span in spans):
+                raise InvalidUpdate("deletes half a character")
 
     def cut(self, client: int, clock: int) -> None:
         """Forget the items of *client* from *clock* on."""
@@ -143,8 +168,14 @@ class Known:
         while starts and starts[-1] >= clock:
             starts.pop()
             self._places[client].pop()
-        self._types -= {(client, at) for at in range(clock, self.clocks.get(client, 0))}
         self.clocks[client] = clock
+
+        def stays(item: Id | None) -> bool:
+            return item is None or item[0] != client or item[1] < clock
+
+        self._types = {item: kind for item, kind in self._types.items() if stays(item)}
+        self._roots = {root: it for root, it in self._roots.items() if stays(it[1])}
+        self._halves = set(filter(stays, self._halves))
 
     def _missing(self, struct: Struct) -> int | None:
         for reference in struct[3:6]:
@@ -153,26 +184,39 @@ class Known:
         return None
 
     def _add(self, client: int, struct: Struct) -> None:
-        clock, length, kind = struct[:3]
+        clock, length, kind, left, right, *_, halves = struct
+        if right in self._halves or left and (left[0], left[1] + 1) in self._halves:
+            raise InvalidUpdate("an item within a character")
+        self._halves.update((client, clock + half) for half in halves)
         place = self._place(struct) if kind != GC else None
         if place is not None:
             if place.depth > DEPTH_MAX:
                 raise InvalidUpdate(f"types nest deeper than {DEPTH_MAX}")
             # Under a key each value follows the one before; only deleted ones form runs.
             is_one = length == 1 and kind in (BINARY, TYPE, ANY) or kind == DELETED
-            if place.keyed and (struct[4] or not is_one):
+            if place.keyed and (right or not is_one):
                 raise InvalidUpdate("what is under a key is not one value")
+            self._check_type(place, kind, (client, clock))
         places = self._places.setdefault(client, [])
         starts = self._starts.setdefault(client, [])
         if not places or places[-1] != place:
             starts.append(clock)
             places.append(place)
-        if kind == TYPE:
-            self._types.add((client, clock))
+        if made is not None:
+            self._types[client, clock] = made
         self.clocks[client] = clock + length
 
+    def _check_type(self, place: Place, kind: int, item: Id) -> None:
+        """Check that the type this item is in can hold its kind."""
+        wanted = _MAP if place.keyed else _ARRAY if kind in _IN_ARRAYS else _TEXT
+        if place.parent is None:
+            is_sure = kind in _IN_ARRAYS or kind in _IN_TEXTS
+            if is_sure and not place.keyed and not self.settle(place.root, wanted, item):
+                raise InvalidUpdate(_TWO_TYPES)
+        pass
+
     def _place(self, struct: Struct) -> Place | None:
-        _, _, kind, left, right, parent, keyed = struct
+        _, _, kind, left, right, parent, keyed, _ = struct
         is_deleted = kind == DELETED
         if type(parent) is str:
             return Place(parent, 1, None, keyed, is_deleted)
@@ -286,10 +330,10 @@ class _Reader:
                 parent = self.parent()
                 if keyed:
                     self.text(KEY_BYTES_MAX)
-        length = self.content(kind)
+        length, halves = self.content(kind)
         if not length:
             raise InvalidUpdate("an item of length 0")
-        return clock, length, kind, left, right, parent, keyed
+        return clock, length, kind, left, right, parent, keyed, halves
 
     def parent(self) -> Id | str:
         if not self.number(1):
@@ -299,17 +343,15 @@ class _Reader:
             raise InvalidUpdate("a root's name is empty, too long or not printable")
         return name
 
-    def content(self, kind: int) -> int:
-        """Skip what an item holds; return its length in clocks."""
+    def content(self, kind: int) -> tuple[int, list[int]]:
+        """Skip what an item holds; return its length in clocks, and its halves of characters."""
         match kind:
             case 0 | 1:
-                return self.number()
+                return self.number(), []
             case 3:
                 self.bytes()
             case 4:
-                # Clocks count UTF-16 units, as JavaScript does.
-                text = self.text()
-                return len(text) if text.isascii() else len(text.encode("utf-16-le")) // 2
+                return _measure(self.text())
             case 5 | 6:
                 if kind == FORMAT:
                     self.text(KEY_BYTES_MAX)
@@ -321,8 +363,8 @@ class _Reader:
                 count = self.number()
                 for _ in range(count):
                     self.any(DEPTH_MAX)
-                return count
-        return 1
+                return count, []
+        return 1, []
 
     def json(self) -> None:
         try:
@@ -385,3 +427,11 @@ class _Reader:
 def _depth(value: Any) -> int:
     inner = value.values() if type(value) is dict else value if type(value) is list else ()
     return 1 + max(map(_depth, inner), default=0)
+
+
+def _measure(text: str) -> tuple[int, list[int]]:
+    """How many UTF-16 units, which is what clocks count, and those that are second halves."""
+    if text.isascii():
+        return len(text), []
+    astral = [at for at, char in enumerate(text) if char > "\uffff"]
+    return len(text) + len(astral), [at + count for count, at in enumerate(astral, 1)]

@@ -45,6 +45,7 @@ from crdtstate.events import (
     ConflictResolved,
     Event,
     IdentityRollback,
+    PeerRejected,
     StoreFailed,
     StoreRecovered,
 )
@@ -199,7 +200,7 @@ class Replica(DocumentSet):
             self._store.close(clean=False)
             raise
         for url in self._peer_urls:
-            self._spawn(self._dial_for_ever(url), f"dial {url}")
+            self._dial(url)
         self._wake()
         return self
 
@@ -302,6 +303,13 @@ class Replica(DocumentSet):
         if self._unsaved_bytes > self.config.unsaved_bytes:
             assert self._store.failure is not None
             raise StoreUnavailable(self._store.path or "memory", str(self._store.failure))
+
+    def connect(self, url: str) -> None:
+        """Stay connected to the peer at *url* from now on, as if it had been in `peers`."""
+        self._check_usable()
+        if url not in self._peer_urls:
+            self._peer_urls.append(url)
+            self._dial(url)
 
     # Waiting
 
@@ -737,6 +745,9 @@ class Replica(DocumentSet):
         if self._state == "open":
             await self._run(connection, dialled=False)
 
+    def _dial(self, url: str) -> None:
+        self._spawn(self._dial_for_ever(url), f"dial {url}")
+
     async def _dial_for_ever(self, url: str) -> None:
         pause = 0.0
         while True:
@@ -777,8 +788,11 @@ class Replica(DocumentSet):
         try:
             while True:
                 self._receive(peer, link, await connection.receive())
-        except (TransportError, ProtocolError) as exc:
+        except TransportError as exc:
             reason = str(exc)
+        except ProtocolError as exc:
+            reason = str(exc)
+            self._emit(PeerRejected(connection.remote, reason))
         finally:
             sender.cancel()
             connection.abort()

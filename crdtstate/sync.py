@@ -31,7 +31,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -289,6 +289,21 @@ class Sync:
     def pending_count(self) -> int:
         """How many changes wait for others that they build on."""
         return len(self._pending)
+
+    def loads(self) -> Iterator[tuple[str, int, int]]:
+        """What may pile up here: (name, size, limit) (S6)."""
+        config = self.config
+        yield "pending changes", len(self._pending), config.pending_changes
+        yield "pending bytes", self._pending_bytes, config.pending_bytes
+        yield "places waited for", len(self._waiting), config.pending_changes
+        yield "cached snapshots", len(self._snapshots), SNAPSHOTS_CACHED
+        yield "downloads", len(self._downloads), len(self._ledgers)
+        yield "quarantined changes", len(self._quarantine), QUARANTINE_MAX
+
+    @property
+    def has_quarantine(self) -> bool:
+        """Whether the engine failed on a change, which is therefore lacking."""
+        return bool(self._quarantine)
 
     @property
     def persisted(self) -> int:

@@ -74,11 +74,15 @@ class Disk:
         if kind in self.failing or self.operations == self.fail_at:
             raise apsw.IOError(f"a {kind} failed")
 
+    @property
+    def used(self) -> int:
+        """Bytes in all files."""
+        return sum(len(file.current) for file in self.files.values() if not file.is_deleted)
+
     def write(self, file: File, offset: int, data: bytes) -> None:
         self.operate("write")
-        used = sum(len(f.current) for f in self.files.values() if not f.is_deleted)
         growth = offset + len(data) - len(file.current)
-        if self.capacity is not None and growth > 0 and used + growth > self.capacity:
+        if self.capacity is not None and growth > 0 and self.used + growth > self.capacity:
             raise apsw.FullError("the disk is full")
         file.write(offset, data)
 
@@ -227,6 +231,11 @@ class FaultHost(Host):
 
     def sync_wal(self) -> None:
         self.disk.sync(self.disk.files[f"{self.path}-wal"])
+
+    def renew_wal(self) -> None:
+        wal = self.disk.files[f"{self.path}-wal"]
+        self.disk.write(wal, 0, bytes(wal.current))
+        self.disk.sync(wal)
 
     def sync_directory(self) -> None:
         self.disk.operate("sync")

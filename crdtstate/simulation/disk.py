@@ -6,7 +6,8 @@ It keeps the contract of `stores.Store` in virtual time. What is written to it i
 the process), some time after that *synced* (it survives a power cut); with ``durability="power"``
 both are one. A crash leaves a prefix of the steps: all that must survive, and by chance more.
 
-Which changes to keep at a compaction is decided by the same `DocumentIndex` as in the journal.
+What the steps amount to is kept in a `MemoryStore`; the journal decides by the same index what
+to forget at a compaction.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from typing import Literal
 from crdtstate.clock import Version
 from crdtstate.identity import Session
 from crdtstate.stores import Entry, Saved
-from crdtstate.stores.index import DocumentIndex
+from crdtstate.stores.memory import MemoryStore
 
 Durability = Literal["process", "power"]
 
-Step = Callable[["Image"], None]
+Step = Callable[["Image"], object]
 """One atomic write."""
 
 SYNC_EVERY = 0.1
@@ -32,58 +33,42 @@ SLOW_COMMITS = 0.02
 """How many of the commits take as long as an unlucky fsync."""
 
 
-class Image:
+class Image(MemoryStore):
     """The contents of a disk after some steps."""
 
     def __init__(self) -> None:
-        self.rows: dict[int, Entry] = {}
-        self.last_row = 0
-        self.indexes: dict[str, DocumentIndex] = {}
-        self.saved: dict[str, Saved] = {}
+        super().__init__()
         # Document -> what rows and snapshot amount to.
         self.versions: dict[str, Version] = {}
         # The newest session: agent, writer, boot, place; and whether it was closed.
         self.epoch: tuple[str, int, int, int] | None = None
         self.clean = False
 
-    def index(self, document: str) -> DocumentIndex:
-        return self.indexes.setdefault(document, DocumentIndex())
+    def copy(self) -> Image:
+        twin = copy.copy(self)
+        twin._rows, twin._saved = self._rows.copy(), self._saved.copy()
+        twin._indexes = copy.deepcopy(self._indexes)
+        twin.versions = {name: version.copy() for name, version in self.versions.items()}
+        return twin
 
-    def append(self, entries: Sequence[Entry]) -> None:
+    def append(self, entries: Sequence[Entry]) -> int:
+        """Keep *entries*."""
         for entry in entries:
-            self.last_row += 1
-            index = self.index(entry.document)
-            index.add(entry.writer, entry.seq, self.last_row, len(entry.data))
-            self.rows[self.last_row] = entry
             self.versions.setdefault(entry.document, Version())[entry.writer] = entry.seq
+        return super().append(entries)
 
     def compact(self, saved: Saved, keep_bytes: int) -> None:
-        for row in self.index(saved.document).compact(saved.version, keep_bytes):
-            del self.rows[row]
-        self.saved[saved.document] = saved
+        """Keep *saved* and forget old changes that it contains."""
         self.versions.setdefault(saved.document, Version()).merge(saved.version)
+        super().compact(saved, keep_bytes)
 
     def forget(self, writer: int, after: Mapping[str, int]) -> None:
-        """Take out what *writer* wrote in each document after the seq given for that."""
-        for name, old in self.indexes.items():
-            last = after.get(name, 0)
-            if old.newest(writer) <= last:
-                continue
-            floor = old.floor()
-            index = self.indexes[name] = DocumentIndex()
-            index.start_at(floor)
-            for row, entry in list(self.rows.items()):
-                if entry.document != name:
-                    continue
-                if entry.writer == writer and entry.seq > last:
-                    del self.rows[row]
-                else:
-                    index.add(entry.writer, entry.seq, row, len(entry.data))
-            if name in self.saved:
-                index.contain(self.saved[name].version)
-            self.versions[name][writer] = last
-            if not last:
-                del self.versions[name][writer]
+        """Remove the changes of *writer* above ``after[document]``."""
+        super().forget(writer, after)
+        for name, version in self.versions.items():
+            version[writer] = min(version.get(writer, 0), after.get(name, 0))
+            if not version[writer]:
+                del version[writer]
 
 
 class Disk:
@@ -162,7 +147,7 @@ class Disk:
 
     def crash(self, *, power: bool) -> None:
         """Lose what is not committed, or with *power* what is not synced; or not all of it."""
-        safe = len(self._steps) - self.queued + (self.synced if power else self.committed)
+        safe = 0 if power else self.committed - self.synced
         self._boot += power
         if self._rng.random() < 0.5:
             safe += self._rng.randint(0, len(self._steps) - safe)
@@ -171,20 +156,24 @@ class Disk:
         self._steps.clear()
         self._reset(self._kept)
 
+    def promised(self, *, power: bool) -> dict[str, Version]:
+        """What a crash now must leave of each document."""
+        return self._kept.versions if power else self._committed_versions
+
     def backup(self) -> Image:
         """A copy of what is certainly on the disk."""
-        return copy.deepcopy(self._kept)
+        return self._kept.copy()
 
     def put_back(self, backup: Image, *, unnoticed: bool) -> None:
         """Replace the contents by a *backup*, as a file of its own or, *unnoticed*, as the same
         file, as rolling back a virtual machine does."""
         assert not self._steps, "crash first"
         self._place += not unnoticed
-        self._kept = copy.deepcopy(backup)
+        self._kept = backup.copy()
         self._reset(self._kept)
 
     def _reset(self, image: Image) -> None:
-        self._image = copy.deepcopy(image)
+        self._image = image.copy()
         self._sizes.clear()
         self._committed_versions = {name: v.copy() for name, v in image.versions.items()}
 
@@ -192,14 +181,10 @@ class Disk:
 
     def load(self) -> Iterator[Saved | Entry]:
         """Yield all snapshots, then the newer committed entries, in the order of delivery."""
-        image = self._image
-        yield from list(image.saved.values())
-        for entry in list(image.rows.values()):
-            saved = image.saved.get(entry.document)
-            dot = (entry.writer, entry.seq)
-            if saved is None or not saved.version.covers(dot):
-                if self.version(entry.document).covers(dot):
-                    yield entry
+        for item in self._image.load():
+            is_saved = isinstance(item, Saved)
+            if is_saved or self.version(item.document).covers((item.writer, item.seq)):
+                yield item
 
     def version(self, document: str) -> Version:
         """What is committed of *document*."""
@@ -207,7 +192,7 @@ class Disk:
 
     def floor(self, document: str) -> Version:
         """Up to which change of each writer the journal has forgotten."""
-        return self._image.index(document).floor()
+        return self._image.floor(document)
 
     def documents(self) -> list[str]:
         """The documents of which something is on the disk."""
@@ -216,25 +201,11 @@ class Disk:
     def read(
         self, document: str, ranges: Sequence[tuple[int, int, int]], size_max: int
     ) -> tuple[list[bytes], bool]:
-        """Return the committed changes in *ranges*, in the order of the journal, as far as they
-        fit in *size_max* bytes (one fits always), and whether there are more."""
-        index = self._image.index(document)
-        rows = sorted(
-            row
-            for writer, first, last in ranges
-            for row in index.find(
-                writer, first, min(last, self.version(document).get(writer, 0)), 2**60
-            )
-        )
-        found: list[bytes] = []
-        size = 0
-        for row in rows:
-            data = self._image.rows[row].data
-            size += len(data)
-            if found and size > size_max:
-                return found, True
-            found.append(data)
-        return found, False
+        """Return the committed changes of *ranges*, in the order of delivery, as far as they fit,
+        and whether there are more."""
+        here = self.version(document)
+        committed = [(w, first, min(last, here.get(w, 0))) for w, first, last in ranges]
+        return self._image.read(document, committed, size_max)
 
     # Writing
 
@@ -306,9 +277,6 @@ class Disk:
     def _sync_all(self) -> None:
         self._is_syncing = False
         self._sync(self.committed)
-        if self.synced < self.committed:
-            self._is_syncing = True
-            self._call_later(SYNC_EVERY, self._sync_all)
 
     def _sync(self, goal: int) -> None:
         while self.synced < goal:

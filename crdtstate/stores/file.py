@@ -118,6 +118,19 @@ class Host:
             self._wal = os.open(f"{self.path}-wal", os.O_RDONLY)
         _fdatasync(self._wal)
 
+    def renew_wal(self) -> None:
+        """
+        Write the WAL once more, as it is, and sync that. Nobody may write to it meanwhile.
+
+        After an fsync that failed, the kernel may take pages for clean that never reached the
+        disk, and the next fsync succeeds for nothing. The pages are still in its cache.
+        """
+        with open(f"{self.path}-wal", "r+b", buffering=0) as wal:
+            offset = 0
+            while part := os.pread(wal.fileno(), 2**20, offset):
+                offset += os.pwrite(wal.fileno(), part, offset)
+            _fdatasync(wal.fileno())
+
     def sync_directory(self) -> None:
         """Bring the names of new files to the disk."""
         _sync(self.path.parent)

@@ -20,6 +20,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -144,7 +145,7 @@ class Journal:
         # Of the upkeep. The pages are those in the WAL as of the newest commit.
         self._wal_pages = 0
         self._wal_pages_max = WAL_PAGES
-        self._is_sync_unsure = False
+        self._is_wal_unsure = False  # Whether what was synced may not be on the disk.
         self._upkeep_failure: Exception | None = None
 
         # The threads, and what wakes them.
@@ -197,8 +198,8 @@ class Journal:
             thread.join()
         if self._is_started:
             self._finish(clean)
-        self._reader.close(True)
-        self._checkpointer.close(True)
+        self._close(self._reader)
+        self._close(self._checkpointer)
         self._disconnect()
         self._host.release()
 
@@ -340,6 +341,7 @@ class Journal:
             self._upkeep_failure = None
         except Exception as exc:
             self._upkeep_failure = store_error(self._path, exc)
+            self._is_wal_unsure |= isinstance(exc, apsw.IOError | OSError)
             self._dirty.set()
         self._note_failure()
         if (self.synced, str(self.failure)) != before:
@@ -372,8 +374,15 @@ class Journal:
 
     def _disconnect(self) -> None:
         if self._db is not None:
-            self._db.close(True)
+            self._close(self._db)
             self._db = None
+
+    def _close(self, db: apsw.Connection) -> None:
+        # The last to close does a checkpoint. It may fail, but must not spread half a WAL.
+        with suppress(apsw.Error):
+            if self._is_wal_unsure:
+                db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+            db.close()
 
     def _start_threads(self) -> None:
         loops = [self._write_on_arrival] if self.durability == "power" else []
@@ -440,31 +449,38 @@ class Journal:
             self._write_failure = store_error(self._path, exc)
             self._note_failure()
             return
+        if self._write_failure:
+            self._write_failure = None
+            self._note_failure()
         self.committed = group[-1].ticket
         if self.durability == "power":
             self.synced = self.committed
         for work in group:
             self._garbage.extend(work.forgotten)
         group.clear()
-        if self._write_failure:
-            self._write_failure = None
-            self._note_failure()
         if not self._dirty.is_set():
             self._dirty.set()
 
     def _transact(self, statements: Sequence[tuple[str, Sequence[Row]]]) -> None:
         """Run *statements* in one transaction. The caller holds the lock."""
+        if self._is_wal_unsure:
+            self._renew_wal()
         db = self._db or self._connect_writer()
         try:
             db.execute("BEGIN IMMEDIATE")
             for sql, rows in statements:
                 db.executemany(sql, rows)
             db.execute("COMMIT")
-        except BaseException:
+        except BaseException as exc:
             # The commit may be on the disk or not, and this connection's view of the file may
             # be wrong. The next attempt reads the file anew.
+            self._is_wal_unsure |= isinstance(exc, apsw.IOError)
             self._disconnect()
             raise
+
+    def _renew_wal(self) -> None:
+        self._host.renew_wal()
+        self._is_wal_unsure = False
 
     def _write_synced(self, sql: str, row: Row) -> None:
         """Write *row* and bring it, with all that is committed, to the disk."""
@@ -499,19 +515,11 @@ class Journal:
 
     def _sync(self) -> None:
         ticket = self.committed
-        try:
-            if self._is_sync_unsure:
-                # After an fsync that failed, the kernel may take pages for clean that never
-                # reached the disk, and the next fsync would succeed for nothing. A checkpoint
-                # writes them once more, into the database, and syncs that.
-                with self._lock:
-                    self._checkpointer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_FULL)
-            else:
-                self._host.sync_wal()
-        except BaseException:
-            self._is_sync_unsure = True
-            raise
-        self._is_sync_unsure = False
+        if self._is_wal_unsure:
+            with self._lock:
+                self._renew_wal()
+        else:
+            self._host.sync_wal()
         self.synced = ticket
 
     def _checkpoint(self) -> None:

@@ -1,0 +1,439 @@
+"""
+A replica for programs without an event loop.
+
+    with blocking.Replica("agent-7", store="agent-7.db", peers=[url]) as replica:
+        replica.map("plan")["goal"] = "ship it"
+        replica.synced(timeout=5)
+
+It runs a `crdtstate.Replica` on a thread and event loop of its own, under the same names. Replica
+and documents belong to that thread, so every read and write is carried out there while the caller
+waits, some tens of microseconds. Any number of threads may call; each call is atomic, such as
+``pop`` and ``items`` of a map.
+
+Inside ``with replica.transaction():`` that thread serves this transaction and nothing else: other
+threads and peers wait until it ends. So be quick, and do not wait for others inside: after half of
+`Config.link_timeout` (5 s) it is undone, since peers would soon take this replica for dead.
+
+Handlers given to `on` run on the replica's thread. They read and write as usual but cannot wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import (
+    Callable,
+    Coroutine,
+    ItemsView,
+    Iterator,
+    MutableMapping,
+    MutableSet,
+    ValuesView,
+)
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
+from typing import Any, Self, TypeVar
+
+from crdtstate import replica
+from crdtstate.clock import Cut
+from crdtstate.conflict import Conflict
+from crdtstate.documents import MAIN
+from crdtstate.errors import ReplicaClosed, UsageError
+from crdtstate.events import Event
+from crdtstate.replica import Peer
+
+T = TypeVar("T")
+E = TypeVar("E", bound=Event)
+
+
+class Replica:
+    """A set of replicated documents, for ordinary threads: ``with Replica(...) as replica``.
+
+    Args:
+        agent: The agent's name.
+        options: The keyword arguments of `crdtstate.Replica`.
+    """
+
+    def __init__(self, agent: str, **options: Any) -> None:
+        self._replica = replica.Replica(agent, **options)
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._closing: asyncio.Event
+        # Work is handed over only while it is open and under the lock, so that none is forgotten.
+        self._lock = threading.Lock()
+        self._is_open = False
+        # The `_Held` transaction that the current thread is in.
+        self._local = threading.local()
+
+    # Opening and closing
+
+    def __enter__(self) -> Self:
+        if self._thread is not None:
+            raise UsageError("a Replica is opened once; make a new one")
+        opened: Future[None] = Future()
+        # A daemon, so that a program that forgets to close still ends.
+        self._thread = threading.Thread(
+            target=lambda: asyncio.run(self._live(opened)),
+            name=f"crdtstate {self.agent}",
+            daemon=True,
+        )
+        self._thread.start()
+        try:
+            opened.result()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Save, say goodbye and stop. Idempotent. In a handler it does not wait for the end."""
+        with self._lock:
+            if self._is_open:
+                self._is_open = False
+                self._loop.call_soon_threadsafe(self._closing.set)
+        if self._thread is not None and not self._is_here():
+            self._thread.join()
+
+    async def _live(self, opened: Future[None]) -> None:
+        self._loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            async with self._replica:
+                self._is_open = True
+                opened.set_result(None)
+                await self._closing.wait()
+        except BaseException as exc:
+            if opened.done():
+                raise
+            opened.set_exception(exc)
+
+    # Reading and writing
+
+    def map(self, name: str, *, strategy: str | None = None) -> Map:
+        """The map *name* of the document "main"."""
+        return self.document(MAIN).map(name, strategy=strategy)
+
+    def counter(self, name: str) -> Counter:
+        """The counter *name* of the document "main"."""
+        return self.document(MAIN).counter(name)
+
+    def register(self, name: str, *, strategy: str | None = None) -> Register:
+        """The register *name* of the document "main"."""
+        return self.document(MAIN).register(name, strategy=strategy)
+
+    def set(self, name: str) -> Set:
+        """The set *name* of the document "main"."""
+        return self.document(MAIN).set(name)
+
+    def document(self, name: str) -> Document:
+        """The document *name*, made on first use. For native Yjs types see `call`."""
+        return Document(self, self.call(lambda inner: inner.document(name)))
+
+    def documents(self) -> list[str]:
+        """The names of all documents, sorted."""
+        return self.call(lambda inner: list(inner.documents()))
+
+    def conflicts(self) -> list[Conflict]:
+        """The open conflicts of all documents."""
+        return self.call(lambda inner: inner.conflicts())
+
+    def version(self) -> Cut:
+        """What this replica has taken in so far, its own writes included: a causal token."""
+        return self.call(lambda inner: inner.version())
+
+    @contextmanager
+    def transaction(self, *, message: str = "", run: str = "") -> Iterator[None]:
+        """Make all writes of this thread inside one change; an exception undoes them.
+
+        Raises:
+            UsageError: It was open for too long, and nothing of it happened.
+        """
+        if self._held is not None:
+            yield
+        elif self._is_here():
+            with self._replica.transaction(message=message, run=run):
+                yield
+        else:
+            held = _Held(self._replica.config.link_timeout / 2)
+            served = self._hand_over(lambda: held.serve(self._replica, message, run))
+            try:
+                # The first call returns when the transaction is open.
+                held.call(lambda: None)
+                self._local.held = held
+                yield
+            except BaseException:
+                held.undo()
+                served.exception()
+                raise
+            else:
+                held.commit()
+                served.result()
+            finally:
+                self._local.held = None
+
+    def call(self, function: Callable[[replica.Replica], T]) -> T:
+        """Run *function* on the replica's thread and return what it returns.
+
+        It gets the `crdtstate.Replica`, and thereby all that has no name here, for example
+        ``replica.call(lambda r: str(r.document("notes", shared=True).text("body")))``.
+        """
+        if self._is_here():
+            return function(self._replica)
+        if self._held is not None:
+            return self._held.call(lambda: function(self._replica))
+        return self._hand_over(lambda: function(self._replica)).result()
+
+    # Waiting
+
+    def durable(self, timeout: float | None = None) -> None:
+        """Wait until everything written so far is committed. See `crdtstate.Replica.durable`."""
+        self._wait(lambda: self._replica.durable(timeout))
+
+    def wait_for(self, version: Cut, timeout: float | None = None) -> None:
+        """Wait until this replica has taken in everything in *version*, another's token."""
+        self._wait(lambda: self._replica.wait_for(version, timeout))
+
+    def synced(self, timeout: float | None = None) -> None:
+        """Wait until every connected peer has what this replica has, and it what they have."""
+        self._wait(lambda: self._replica.synced(timeout))
+
+    # Watching and looking
+
+    def on(self, event: type[E], handler: Callable[[E], object]) -> Callable[[], None]:
+        """Call *handler*, on the replica's thread, with every event of the type *event*.
+
+        Returns a function that ends it.
+        """
+        cancel = self.call(lambda inner: inner.on(event, handler))
+        return lambda: self.call(lambda _: cancel())
+
+    @property
+    def agent(self) -> str:
+        """The agent's name."""
+        return self._replica.agent
+
+    @property
+    def address(self) -> str | None:
+        """Where it listens."""
+        return self._replica.address
+
+    def peers(self) -> list[Peer]:
+        """The connected peers, by name."""
+        return self.call(lambda inner: inner.peers())
+
+    def status(self) -> dict[str, Any]:
+        """A summary of plain values, for people and monitoring."""
+        return self.call(lambda inner: inner.status())
+
+    def __repr__(self) -> str:
+        return repr(self._replica) if not self._is_open else self.call(repr)
+
+    # Between the threads
+
+    @property
+    def _held(self) -> _Held | None:
+        found: _Held | None = getattr(self._local, "held", None)
+        return found
+
+    def _is_here(self) -> bool:
+        return self._thread is threading.current_thread()
+
+    def _hand_over(self, function: Callable[[], T]) -> Future[T]:
+        """Let the loop run *function* between two of its turns."""
+        answer: Future[T] = Future()
+        with self._lock:
+            self._check_open()
+            self._loop.call_soon_threadsafe(_answer, answer, function)
+        return answer
+
+    def _wait(self, start: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        if self._is_here() or self._held is not None:
+            raise UsageError("in a handler or transaction nothing can be waited for")
+        with self._lock:
+            self._check_open()
+            future = asyncio.run_coroutine_threadsafe(start(), self._loop)
+        try:
+            future.result()
+        except CancelledError:
+            raise ReplicaClosed(f"{self.agent}: closed while waiting") from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _check_open(self) -> None:
+        if not self._is_open:
+            closed = "closed" if self._thread else "not open; use it inside 'with Replica(...)'"
+            raise ReplicaClosed(f"{self.agent}: {closed}")
+
+
+def _answer(answer: Future[T], function: Callable[[], T]) -> None:
+    try:
+        answer.set_result(function())
+    except BaseException as exc:
+        answer.set_exception(exc)
+
+
+class _Undo(Exception):
+    """Raised on the replica's thread to undo the transaction there."""
+
+
+class _Held:
+    """A transaction in which the replica's thread does what one other thread says.
+
+    Args:
+        limit: Seconds after which it is undone.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # Why it was undone, and the answer that the other thread waits for.
+        self._failure: BaseException | None = None
+        self._asked: Future[Any] = Future()
+        self._lock = threading.Lock()
+
+    def serve(self, inner: replica.Replica, message: str, run: str) -> None:
+        """Do the work as it comes; on the replica's thread."""
+        deadline = time.monotonic() + self._limit
+        try:
+            with inner.transaction(message=message, run=run):
+                while (work := self._next(deadline)) is not None:
+                    work()
+        except BaseException as exc:
+            with self._lock:
+                self._failure = exc
+                if not self._asked.done():
+                    self._asked.set_exception(exc)
+            raise
+
+    def _next(self, deadline: float) -> Callable[[], None] | None:
+        try:
+            return self._work.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise UsageError(
+                f"a transaction was open for {self._limit:g} s, in which its replica could do "
+                "nothing else; it was undone"
+            ) from None
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Have *function* called in the transaction; on the other thread."""
+        answer: Future[T] = Future()
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            self._asked = answer
+            self._work.put(lambda: _answer(answer, function))
+        return answer.result()
+
+    def commit(self) -> None:
+        self._work.put(None)
+
+    def undo(self) -> None:
+        def work() -> None:
+            raise _Undo
+
+        self._work.put(work)
+
+
+# Views
+
+
+class _View:
+    """Does what the view of the same name in `crdtstate` does, on the replica's thread."""
+
+    def __init__(self, home: Replica, inner: Any) -> None:
+        self._home = home
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if callable(getattr(type(self._inner), name, None)):
+            return lambda *args, **kwargs: self._do(name, *args, **kwargs)
+        return self._home.call(lambda _: getattr(self._inner, name))
+
+    def _do(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return self._home.call(lambda _: getattr(self._inner, name)(*args, **kwargs))
+
+    def __repr__(self) -> str:
+        return str(self._do("__repr__"))
+
+
+def _whole(name: str) -> Any:
+    """A method done as one, where the abstract class would make several calls of it."""
+    return lambda self, *args, **kwargs: self._do(name, *args, **kwargs)
+
+
+class Document(_View):
+    """A document; see `crdtstate.Document`."""
+
+    def map(self, name: str, *, strategy: str | None = None) -> Map:
+        return Map(self._home, self._do("map", name, strategy=strategy))
+
+    def register(self, name: str, *, strategy: str | None = None) -> Register:
+        return Register(self._home, self._do("register", name, strategy=strategy))
+
+    def counter(self, name: str) -> Counter:
+        return Counter(self._home, self._do("counter", name))
+
+    def set(self, name: str) -> Set:
+        return Set(self._home, self._do("set", name))
+
+
+class Map(_View, MutableMapping[str, Any]):
+    """A replicated dict; see `crdtstate.Map`."""
+
+    __getitem__, __setitem__ = _whole("__getitem__"), _whole("__setitem__")
+    __delitem__, __contains__ = _whole("__delitem__"), _whole("__contains__")
+    __len__, get, setdefault = _whole("__len__"), _whole("get"), _whole("setdefault")
+    pop, popitem, clear = _whole("pop"), _whole("popitem"), _whole("clear")
+    update = _whole("update")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._home.call(lambda _: list(self._inner)))
+
+    def items(self) -> ItemsView[str, Any]:
+        return self._home.call(lambda _: dict(self._inner)).items()
+
+    def values(self) -> ValuesView[Any]:
+        return self._home.call(lambda _: dict(self._inner)).values()
+
+
+class Set(_View, MutableSet[Any]):
+    """A replicated set; see `crdtstate.Set`."""
+
+    __contains__, __len__, add = _whole("__contains__"), _whole("__len__"), _whole("add")
+    discard, remove, update = _whole("discard"), _whole("remove"), _whole("update")
+    pop, clear = _whole("pop"), _whole("clear")
+
+    @classmethod
+    def _from_iterable(cls, it: Any) -> set[Any]:
+        return set(it)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._home.call(lambda _: list(self._inner)))
+
+
+class Counter(_View):
+    """A replicated whole number; see `crdtstate.Counter`."""
+
+    def __int__(self) -> int:
+        return int(self.value)
+
+    __index__ = __int__
+
+
+class Register(_View):
+    """One replicated value; see `crdtstate.Register`."""
+
+    @property
+    def value(self) -> Any:
+        return self._home.call(lambda _: self._inner.value)
+
+    @value.setter
+    def value(self, value: Any) -> None:
+        self._home.call(lambda _: setattr(self._inner, "value", value))

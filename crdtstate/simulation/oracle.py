@@ -1,0 +1,518 @@
+"""
+The oracle: sees everything, remembers everything, and says what is wrong.
+
+It hears of each write as it is made, with what its replica had seen by then; so it knows the true
+past of every change, and what every version must read as, by a plain multi-value store with full
+history that knows nothing of lanes. Replicas are held against that all the time:
+
+I1   Equal versions have equal content, which is that of the reference; and all converge.
+I2   A dot names one change for ever, and only changes somebody made are sent.
+I3   The whole past of a change is delivered before it, also when a snapshot brought it.
+I4   Each writer's changes are delivered in order, each once.
+I5   What is committed survives a kill; what is synced survives a power cut.
+I6   Whatever waits is bounded.
+I7   The log's floor is not above what was delivered, and all above it can be read.
+I8   HAVE names only what is committed, and no own change leaves before it is.
+I9   The heads are the maximal elements of what was delivered.
+I10  Who has taken in a causal token reads what its maker had written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from crdtstate import wire
+from crdtstate.change import Change, Origin
+from crdtstate.clock import Cut, HybridClock, Version
+from crdtstate.crdts import Counter
+from crdtstate.document import Document, EngineFailure
+from crdtstate.slots import SEPARATOR, Cell, candidates, filed, totals
+
+if TYPE_CHECKING:
+    from crdtstate.simulation.shell import SimulatedReplica
+
+TOKENS = "tokens"
+"""The map in which the campaign keeps, for each agent, how many tokens it has given out."""
+
+
+class Violation(AssertionError):
+    """An invariant does not hold. Nothing that happens afterwards means anything."""
+
+    def __init__(self, invariant: str, detail: str) -> None:
+        super().__init__(f"{invariant}: {detail}")
+        self.invariant = invariant
+        self.detail = detail
+
+
+class Op(NamedTuple):
+    """One write: what it says, and what its replica had seen."""
+
+    path: str
+    value: bytes | None
+    amount: int
+    seen: Version
+
+
+@dataclass(eq=False, slots=True)
+class Birth:
+    """A change, as it was made."""
+
+    document: str
+    writer: int
+    seq: int
+    past: Version
+    ops: tuple[Op, ...]
+    data: bytes
+    agent: str
+    index: int
+    at: float
+    is_committed: bool = False
+    was_sent: bool = False
+    # Hosts that have it.
+    seen_by: set[int] = field(default_factory=set)
+
+    def __repr__(self) -> str:
+        return f"change {self.writer:x}:{self.seq} of {self.agent} in {self.document!r}"
+
+
+class WatchedDocument(Document):
+    """A document whose writes the oracle hears of."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        replica: SimulatedReplica,
+        oracle: Oracle,
+        writer: int,
+        clock: HybridClock,
+        wall: Callable[[], int],
+        on_write: Callable[[Document], None],
+        shared: bool,
+    ) -> None:
+        super().__init__(
+            name,
+            writer=writer,
+            agent=replica.agent,
+            clock=clock,
+            wall=wall,
+            on_write=on_write,
+            shared=shared,
+        )
+        self._replica = replica
+        self._oracle = oracle
+        self._ops: list[Op] = []
+        # Whether the engine is to fail on the next change.
+        self.fails_next = False
+
+    def put(self, container: str, key: str, value: bytes | None) -> None:
+        """See `Document.put`."""
+        op = Op(container + SEPARATOR + key, value, 0, self.version.copy())
+        self._ops.append(op)
+        super().put(container, key, value)
+
+    def count(self, container: str, up: int, down: int) -> None:
+        """See `Document.count`."""
+        self._ops.append(Op(container + SEPARATOR, None, up - down, _NOTHING))
+        super().count(container, up, down)
+
+    def rollback(self) -> None:
+        """See `Document.rollback`."""
+        self._ops.clear()
+        super().rollback()
+
+    def apply(self, change: Change) -> list[str]:
+        """See `Document.apply`."""
+        if self.fails_next:
+            self.fails_next, self.is_broken = False, True
+            raise EngineFailure("the simulation wants it")
+        return super().apply(change)
+
+    def reset(self, writer: int) -> dict[str, Any]:
+        """See `Document.reset`."""
+        self._ops.clear()
+        return super().reset(writer)
+
+    def _sealed(self, update: bytes, origin: Origin | None, kind: int) -> Change:
+        past = self.version.copy()
+        change = super()._sealed(update, origin, kind)
+        ops, self._ops = tuple(self._ops), []
+        self._oracle.born(self._replica, self, change, past, ops)
+        return change
+
+
+class Oracle:
+    """Everything that was ever written, and who has what of it.
+
+    Args:
+        now: Returns the time.
+        on_moment: Told what happened to whom: (replica, kind, document, change or detail).
+    """
+
+    def __init__(
+        self, now: Callable[[], float], on_moment: Callable[[SimulatedReplica, str, Any], None]
+    ) -> None:
+        self._now = now
+        self._on_moment = on_moment
+        self.hosts = 0
+        self.births: dict[str, list[Birth]] = {}
+        self._by_data: dict[bytes, Birth] = {}
+        self._by_dot: dict[tuple[str, int, int], Birth] = {}
+        # (host, document) -> what was delivered there, by what its core said.
+        self._delivered: dict[tuple[int, str], Version] = {}
+        # Host -> what must be there when it is up again.
+        self._promised: dict[int, Mapping[str, Version]] = {}
+        # (document, version) -> the content that somebody had at it.
+        self._contents: dict[tuple[str, frozenset[tuple[int, int]]], dict[str, Cell]] = {}
+        # Host -> tokens it waits for: (agent, how many it had given out, token).
+        self._tokens: dict[int, list[tuple[str, int, Cut]]] = {}
+        # Called after commits; campaigns strike then.
+        self.on_commit: Callable[[SimulatedReplica], None] = lambda replica: None
+        # Whether disks were put back to an older state without notice: I2 is then at stake.
+        self.expects_rollbacks = False
+        # For the report.
+        self.copies = 0
+        self.sent_bytes = 0
+        self.delays: list[float] = []
+        self.last_delays: list[float] = []
+
+    def expect(self, condition: bool, invariant: str, detail: str) -> None:
+        """Raise a Violation unless *condition*."""
+        if not condition:
+            raise Violation(invariant, f"at {self._now():.3f} s: {detail}")
+
+    # What is written
+
+    def make_document(
+        self,
+        replica: SimulatedReplica,
+        name: str,
+        shared: bool,
+        clock: HybridClock,
+        wall: Callable[[], int],
+        on_write: Callable[[Document], None],
+    ) -> Document:
+        """A document that reports its writes."""
+        return WatchedDocument(
+            name,
+            replica=replica,
+            oracle=self,
+            writer=replica.writer,
+            clock=clock,
+            wall=wall,
+            on_write=on_write,
+            shared=shared,
+        )
+
+    def born(
+        self,
+        replica: SimulatedReplica,
+        document: Document,
+        change: Change,
+        past: Version,
+        ops: tuple[Op, ...],
+    ) -> None:
+        """A change was sealed."""
+        name, writer, seq = key = (change.document, change.writer, change.seq)
+        old = self._by_dot.get(key)
+        if old is not None:
+            self._reborn(old)
+        birth = Birth(
+            name, writer, seq, past, ops, change.data, replica.agent, replica.index, self._now()
+        )
+        birth.seen_by.add(replica.index)
+        self._by_dot[key] = self._by_data[change.data] = birth
+        self.births.setdefault(name, []).append(birth)
+        self._version(replica, name)[writer] = seq
+        self._on_moment(replica, "wrote", birth)
+
+    def agent_of(self, document: str, writer: int) -> str:
+        """Whose writer that is."""
+        birth = self._by_dot.get((document, writer, 1))
+        return birth.agent if birth else f"{writer:x}"
+
+    def _reborn(self, old: Birth) -> None:
+        """A dot is used again: fine if nobody has heard of the change that had it before."""
+        if self.expects_rollbacks:
+            return
+        self.expect(not old.was_sent, "I2", f"{old!r} was sent, and now its dot is used again")
+        del self._by_data[old.data]
+        self.births[old.document].remove(old)
+        self._contents.clear()
+        for index, waiting in self._tokens.items():
+            # A token of what was not committed is worth nothing after a crash.
+            kept = [(a, n, t) for a, n, t in waiting if not _covers(t, old)]
+            self._tokens[index] = kept
+
+    # What is taken in
+
+    def _version(self, replica: SimulatedReplica, document: str) -> Version:
+        return self._delivered.setdefault((replica.index, document), Version())
+
+    def delivered(
+        self, replica: SimulatedReplica, document: Document, change: Change | None, agent: str
+    ) -> None:
+        """A change, or with None a snapshot, was delivered."""
+        if change is None:
+            self._on_moment(replica, "joined", f"{document.name!r} from {agent}")
+            return
+        birth = self._by_data.get(change.data)
+        self.expect(birth is not None, "I2", f"{replica.agent} got {change!r}; nobody made it")
+        assert birth is not None
+        self._on_moment(replica, "saw", birth)
+        version = self._version(replica, change.document)
+        have = version.get(change.writer, 0)
+        if have != change.seq - 1:
+            detail = f"{replica.agent} delivers {birth!r} after {have}"
+            raise Violation("I4", detail)
+        if not birth.past <= version:
+            detail = f"{replica.agent} delivers {birth!r}, which builds on {birth.past}, at"
+            raise Violation("I3", f"{detail} {version}")
+        self.expect(birth.is_committed, "I8", f"{birth!r} left before it was committed")
+        version[change.writer] = change.seq
+        self._has(replica, birth)
+
+    def saved(self, replica: SimulatedReplica, document: str, version: Version) -> None:
+        """A snapshot is to be kept: one that was joined, or the document's own."""
+        before = self._version(replica, document)
+        if version == before:
+            return
+        self.expect(before <= version, "I4", f"{replica.agent} forgets: {before} -> {version}")
+        self._check_closed(replica.agent, document, version)
+        for birth in self.births.get(document, ()):
+            dot = (birth.writer, birth.seq)
+            if version.covers(dot) and not before.covers(dot):
+                self.expect(birth.is_committed, "I8", f"{birth!r} is in a snapshot too early")
+                self._has(replica, birth)
+        before.merge(version)
+
+    def _check_closed(self, agent: str, document: str, version: Version) -> None:
+        """Check that a version holds the past of all it holds."""
+        for writer, seq in version.items():
+            birth = self._by_dot.get((document, writer, seq))
+            self.expect(birth is not None, "I2", f"{agent} has {writer:x}:{seq}; nobody made it")
+            assert birth is not None
+            if not birth.past <= version:
+                detail = f"{agent} has {birth!r} without what it builds on: {version}"
+                raise Violation("I3", detail)
+
+    def _has(self, replica: SimulatedReplica, birth: Birth) -> None:
+        if replica.index in birth.seen_by:
+            return
+        birth.seen_by.add(replica.index)
+        delay = self._now() - birth.at
+        self.delays.append(delay)
+        if len(birth.seen_by) == self.hosts:
+            self.last_delays.append(delay)
+
+    # What is committed and sent
+
+    def committed(self, replica: SimulatedReplica) -> None:
+        """The core was told of commits."""
+        writer = replica.writer
+        for name in replica.documents():
+            seq = replica.disk.version(name).get(writer, 0)
+            while seq and (birth := self._by_dot[name, writer, seq]) and not birth.is_committed:
+                birth.is_committed = True
+                seq -= 1
+        self.on_commit(replica)
+
+    def sending(self, replica: SimulatedReplica, frames: Iterable[wire.Frame]) -> None:
+        """A message leaves."""
+        for frame in frames:
+            match frame:
+                case wire.Have(name, version, _):
+                    here = replica.disk.version(name)
+                    if not version <= here:
+                        detail = f"{replica.agent} says to have {version} of {name!r}, has {here}"
+                        raise Violation("I8", detail)
+                case wire.Changes(changes):
+                    for data in changes:
+                        self._sending_change(replica, data)
+
+    def _sending_change(self, replica: SimulatedReplica, data: bytes) -> None:
+        birth = self._by_data.get(data)
+        self.copies += 1
+        self.expect(birth is not None, "I2", f"{replica.agent} sends a change that nobody made")
+        assert birth is not None
+        if not birth.was_sent:
+            birth.was_sent = True
+            on_disk = replica.disk.version(birth.document).covers((birth.writer, birth.seq))
+            self.expect(on_disk, "I8", f"{birth!r} is sent before it is committed")
+
+    # Ends and beginnings
+
+    def fail_engine(self, replica: SimulatedReplica, name: str) -> None:
+        """Let the engine of a document fail on the next change."""
+        document = replica.find(name)
+        if isinstance(document, WatchedDocument):
+            document.fails_next = True
+
+    def crashed(self, index: int, promised: Mapping[str, Version]) -> None:
+        """A host is down; its disk promised to keep *promised*."""
+        self._promised[index] = {name: version.copy() for name, version in promised.items()}
+
+    def started(self, replica: SimulatedReplica) -> None:
+        """A replica has loaded what its disk had."""
+        versions = dict(replica.versions())
+        for name, version in self._promised.pop(replica.index, {}).items():
+            here = versions.get(name, _NOTHING)
+            self.expect(
+                version <= here, "I5", f"{replica.agent} had {version} of {name!r}, has {here}"
+            )
+        self.reloaded(replica)
+
+    def reloaded(self, replica: SimulatedReplica) -> None:
+        """A replica has loaded documents from its disk again."""
+        for name in [name for index, name in self._delivered if index == replica.index]:
+            del self._delivered[replica.index, name]
+        for name, version in replica.versions():
+            self._delivered[replica.index, name] = version.copy()
+            self._check_closed(replica.agent, name, version)
+
+    def reidentified(self, replica: SimulatedReplica, reason: str) -> None:
+        """A replica found that it was rolled back."""
+        self.expect(
+            self.expects_rollbacks, "I2", f"{replica.agent} lost what it had sent: {reason}"
+        )
+
+    # Checks
+
+    def check(self, replica: SimulatedReplica) -> None:
+        """Hold a replica, between two moments, against all invariants."""
+        self._check_bounds(replica)
+        for name, version in replica.versions():
+            document = replica.find(name)
+            assert document is not None
+            mine = self._version(replica, name)
+            if version != mine:
+                detail = f"{replica.agent} is at {version} of {name!r}, was told of {mine}"
+                raise Violation("I4", detail)
+            self._check_heads(replica.agent, document)
+            self._check_log(replica, name, version)
+            if not document.is_open:
+                self.check_content(replica.agent, document)
+
+    def _check_bounds(self, replica: SimulatedReplica) -> None:
+        core, config = replica.core, replica.config
+        self.expect(
+            core.pending_count <= config.pending_changes,
+            "I6",
+            f"{replica.agent} has {core.pending_count} pending changes",
+        )
+        for name, size, limit in replica.loads():
+            self.expect(size <= limit, "I6", f"{replica.agent}: {name}: {size} > {limit}")
+
+    def _check_heads(self, agent: str, document: Document) -> None:
+        version = document.version
+        past = Version()
+        for writer, seq in version.items():
+            birth = self._by_dot[document.name, writer, seq]
+            past.merge({w: s for w, s in birth.past.items() if w != writer})
+        heads = {writer: seq for writer, seq in version.items() if past.get(writer, 0) < seq}
+        if document.heads != heads:
+            detail = f"{agent}: heads of {document.name!r} are {document.heads}, not {heads}"
+            raise Violation("I9", detail)
+
+    def _check_log(self, replica: SimulatedReplica, name: str, version: Version) -> None:
+        disk = replica.disk
+        floor, on_disk = disk.floor(name), disk.version(name)
+        agent = replica.agent
+        self.expect(floor <= version, "I7", f"{agent}: floor {floor} is above {version}")
+        known = replica.core.floor(name)
+        self.expect(floor <= known, "I7", f"{agent}: floor {floor}, its core thinks {known}")
+        ranges = [
+            (writer, floor.get(writer, 0) + 1, seq)
+            for writer, seq in on_disk.items()
+            if floor.get(writer, 0) < seq
+        ]
+        found, more = disk.read(name, ranges, 2**40)
+        wanted = sum(last - first + 1 for _, first, last in ranges)
+        self.expect(not more and len(found) == wanted, "I7", f"{agent}: the log has holes")
+
+    def check_content(self, agent: str, document: Document) -> None:
+        """Hold a document against others that were at its version, and against the reference."""
+        key = (document.name, frozenset(document.version.items()))
+        content = document.lanes.canonical()
+        known = self._contents.get(key)
+        if known is not None:
+            if known != content:
+                where = [p for p in known.keys() | content.keys() if known.get(p) != content.get(p)]
+                detail = f"{agent} differs at {sorted(where)[:3]!r} of {document.name!r}"
+                raise Violation("I1", f"{detail} from a replica of equal version")
+            return
+        self._contents[key] = content
+        wanted = self.reference(document.name, document.version)
+        found = {path: _visible(path, cell) for path, cell in content.items()}
+        for path in wanted.keys() | found.keys():
+            want, have = wanted.get(path, {}), found.get(path, {})
+            if want != have:
+                detail = f"{agent} reads {have} at {path!r} of {document.name!r}, not {want}"
+                raise Violation("I1", detail)
+
+    def reference(self, document: str, version: Version) -> dict[str, dict[Any, Any]]:
+        """What a version reads as: path -> visible dot -> value; a counter -> its sum."""
+        cells: dict[str, dict[Any, Any]] = {}
+        for birth in self.births.get(document, ()):
+            dot = (birth.writer, birth.seq)
+            if not version.covers(dot):
+                continue
+            for path, value, amount, seen in birth.ops:
+                cell = cells.setdefault(path, {})
+                if path.startswith(Counter.kind):
+                    cell[0] = cell.get(0, 0) + amount
+                    continue
+                for old in [old for old in cell if old == dot or seen.covers(old)]:
+                    del cell[old]
+                if value is not None:
+                    cell[dot] = value
+        return cells
+
+    def wait_for(self, index: int, agent: str, count: int, token: Cut) -> None:
+        """Let a host wait for a token of *agent*, its *count*-th."""
+        self._tokens.setdefault(index, []).append((agent, count, token))
+
+    def pumped(self, replica: SimulatedReplica) -> None:
+        """Check the tokens that *replica* waits for, as far as it has taken them in."""
+        waiting = self._tokens.pop(replica.index, None)
+        if waiting is None:
+            return
+        here = Cut(dict(replica.versions()))
+        for agent, count, token in waiting:
+            if not token <= here:
+                self.wait_for(replica.index, agent, count, token)
+                continue
+            found = [c.value for c in replica.map(TOKENS).explain(agent).candidates]
+            self.expect(
+                bool(found) and max(found) >= count,
+                "I10",
+                f"{replica.agent} has the token of {agent} and reads {found}, not {count}",
+            )
+
+
+def _covers(token: Cut, birth: Birth) -> bool:
+    return birth.document in token and token[birth.document].covers((birth.writer, birth.seq))
+
+
+def _visible(path: str, cell: Cell) -> dict[Any, Any]:
+    if path.startswith(Counter.kind):
+        return {0: _sum(cell)} if cell else {}
+    return {
+        (tuple(slot.origin) if slot.origin else (writer, slot.seq)): slot.value
+        for writer, slot in candidates(cell)
+    }
+
+
+def _sum(cell: Cell) -> int:
+    """What a counter reads as: each writer's totals count once, wherever they are filed."""
+    sums: dict[int, tuple[int, int]] = {}
+    for writer, slot in cell.items():
+        for origin, (up, down) in filed(totals(slot), writer).items():
+            have = sums.get(origin, (0, 0))
+            sums[origin] = (max(up, have[0]), max(down, have[1]))
+    return sum(up - down for up, down in sums.values())
+
+
+_NOTHING = Version()

@@ -1,0 +1,401 @@
+"""
+A replica in virtual time: the shell around the sync core, without sockets, threads and clocks.
+
+It is the twin of `replica.Replica`, step by step: writes wake the pump, which seals them, feeds
+the core, and carries out its effects in order. What differs is only who calls: a schedule in
+place of an event loop, a simulated disk and network in place of real ones.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from crdtstate import sync, wire
+from crdtstate.change import Change, Snapshot, decode_change
+from crdtstate.config import Config
+from crdtstate.document import Document
+from crdtstate.documents import DocumentSet
+from crdtstate.errors import ReplicaClosed
+from crdtstate.events import Event, IdentityRollback
+from crdtstate.identity import draw_writer, may_keep_writer
+from crdtstate.simulation.disk import Disk
+from crdtstate.simulation.network import Dialler, End, Network
+from crdtstate.simulation.schedule import Schedule
+from crdtstate.stores import Entry, Saved
+
+if TYPE_CHECKING:
+    from crdtstate.simulation.oracle import Oracle
+
+EPOCH_MS = 1_700_000_000_000
+"""The wall time at the beginning of every simulation."""
+
+
+@dataclass(eq=False)
+class Host:
+    """A machine with a disk and a clock, on which one replica at a time runs."""
+
+    index: int
+    name: str
+    role: Literal["agent", "relay"]
+    disk: Disk
+    rng: random.Random
+    # How far its wall clock is ahead, in seconds.
+    skew: float = 0.0
+    replica: SimulatedReplica | None = None
+    diallers: list[Dialler] = field(default_factory=list)
+
+
+class SimulatedReplica(DocumentSet):
+    """A set of replicated documents on a simulated host.
+
+    Read and write as with `Replica`; the time is that of the simulation. After a crash it is
+    closed for good: take the host's new replica from the simulation.
+
+    Args:
+        host: Where it runs.
+        config: Settings.
+        schedule: The time.
+        network: The network.
+        oracle: Watches everything that is written and taken in.
+        on_event: Told of events.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        config: Config,
+        schedule: Schedule,
+        network: Network,
+        oracle: Oracle,
+        on_event: Callable[[SimulatedReplica, Event], None],
+    ) -> None:
+        self.host = host
+        self.index = host.index
+        self.rng = random.Random(host.rng.getrandbits(64))
+        super().__init__(host.name, draw_writer(self.rng), self._wall_ms)
+        self.config = config
+        # The process: see `schedule.Process`.
+        self.is_alive = True
+        self.busy_until = 0.0
+        self._schedule = schedule
+        self._network = network
+        self._oracle = oracle
+        self._on_event = on_event
+        self._disk = host.disk
+        self._session = self.rng.getrandbits(64)
+        self._links: dict[int, End] = {}
+        self._peers = 0
+        # Ends with something in the outbox, in order.
+        self._unsent: dict[int, End] = {}
+        self._is_awake = False
+        self._is_pumping = False
+        self._armed_at: float | None = None
+        self._tickets: deque[tuple[int, int]] = deque()
+        self._base: dict[str, int] = {}
+        self._closed_writers: list[int] = []
+        self._recover()
+
+    def _wall_ms(self) -> int:
+        return EPOCH_MS + int((self._schedule.now + self.host.skew) * 1000)
+
+    def _recover(self) -> None:
+        disk = self._disk
+        disk.attach(lambda delay, call: self._schedule.call_later(delay, self, call))
+        session = disk.session
+        if session.writer is not None and may_keep_writer(session):
+            self._writer = session.writer
+        elif session.writer is not None and session.same_file:
+            self._closed_writers.append(session.writer)
+        for item in disk.load():
+            self._load(item)
+        now = self._schedule.now
+        self.core = sync.Sync(self, self._hello(), self.config, self.rng, now)
+        for name, version in self.versions():
+            self._base[name] = version.get(self._writer, 0)
+            self.core.restore(name, version, disk.floor(name))
+            self._clock.observe(self._documents[name].stamp, 2**47)
+        disk.start(self.agent, self._writer, self._wake)
+        self._oracle.started(self)
+        for dialler in self.host.diallers:
+            dialler.start(self)
+        self._wake()
+
+    def _load(self, item: Saved | Entry, only: Document | None = None) -> None:
+        if isinstance(item, Saved):
+            snapshot = Snapshot.decode(item.data)
+            document = only or self.find_or_make(item.document, snapshot.shared)
+            document.join(snapshot)
+            return
+        change = decode_change(item.data)
+        document = only or self.find_or_make(item.document, change.shared)
+        if not document.version.covers(change.dot):
+            self._oracle.expect(
+                document.is_ready(change), "I3", f"{change!r} lies before what it builds on"
+            )
+            document.apply(change)
+
+    def _hello(self) -> wire.Hello:
+        low, high = wire.PROTOCOL_MIN, wire.PROTOCOL_MAX
+        return wire.Hello(low, high, self._writer, self._session, self.agent, self.host.role)
+
+    def _check_usable(self) -> None:
+        if not self.is_alive:
+            raise ReplicaClosed(f"{self.agent}: crashed; after restart() take it anew")
+
+    def _make(self, name: str, shared: bool) -> Document:
+        document = self._oracle.make_document(
+            self, name, shared, self._clock, self._wall, self._on_write
+        )
+        self._documents[name] = document
+        return document
+
+    # Looking
+
+    @property
+    def writer(self) -> int:
+        """Whose lane this replica writes."""
+        return self._writer
+
+    @property
+    def disk(self) -> Disk:
+        """The disk it writes to."""
+        return self._disk
+
+    def is_connected_to(self, writer: int | None) -> bool:
+        """Whether there is a connection to that writer."""
+        return any(end.writer == writer for end in self._links.values())
+
+    def is_quiet(self) -> bool:
+        """Whether nothing waits to be sealed, committed, tidied or adopted."""
+        return not (
+            self._open
+            or self._sealed
+            or self._tickets
+            or (self._closed_writers and self.core.peers)
+            or any(document.needs_tidying for document in self._documents.values())
+        )
+
+    def loads(self) -> Iterator[tuple[str, int, int]]:
+        """What may pile up: (name, size, limit)."""
+        slack = self.config.answer_bytes + 2 * sync.CHANGES_FRAME_BYTES
+        for end in self._links.values():
+            yield "outbox", end.outbox_bytes, self.config.outbox_bytes + slack
+        yield from self.core.loads()
+
+    def __repr__(self) -> str:
+        state = f"{len(self.core.peers)} peers" if self.is_alive else "crashed"
+        return f"<SimulatedReplica {self.agent} {state}>"
+
+    # The pump; see Replica
+
+    def _written(self) -> None:
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self._is_awake and self.is_alive:
+            self._is_awake = True
+            self._schedule.call_at(self._schedule.now, self, self.pump)
+
+    def pump(self) -> None:
+        """Seal what was written, let the core decide, do what it says."""
+        self._is_awake = False
+        if self._is_pumping or not self.is_alive:
+            return
+        self._is_pumping = True
+        if not self._tickets:
+            self._seal_and_tell()
+        self._note_commits()
+        while effects := self.core.effects():
+            self._carry_out(effects)
+            self._note_commits()
+        self._arm_timer()
+        self._is_pumping = False
+        unsent, self._unsent = self._unsent, {}
+        for end in unsent.values():
+            if end.is_open:
+                self._network.flush(end)
+        self._oracle.pumped(self)
+
+    def _seal_and_tell(self) -> None:
+        sealed = self.take_sealed()
+        if sealed:
+            self.core.local_changes((change for change, _ in sealed), self._schedule.now)
+
+    def _carry_out(self, effects: list[sync.Effect]) -> None:
+        batch: list[tuple[int, Change]] = []
+        for effect in effects:
+            match effect:
+                case sync.Send(peer, frame):
+                    self._enqueue(peer, frame)
+                case sync.Persist(number, change):
+                    batch.append((number, change))
+                case sync.SaveSnapshot():
+                    self._append(batch)
+                    batch = []
+                    self._save(effect)
+                case sync.Delivered(document, change, _, agent):
+                    self._oracle.delivered(self, document, change, agent)
+                case sync.Fetch(peer, name, ranges):
+                    limit = int(self.config.answer_bytes)
+                    self.core.fetched(peer, *self._disk.read(name, ranges, limit))
+                case sync.HangUp(peer, code, reason):
+                    self._hang_up(peer, code, reason)
+                case sync.Emit(event):
+                    self._on_event(self, event)
+                case sync.Rebuild(name):
+                    self._append(batch)
+                    batch = []
+                    self._rebuild(name)
+                case sync.Reidentify(reason):
+                    self._append(batch)
+                    self._reidentify(reason)
+                    return
+        self._append(batch)
+
+    def _append(self, batch: list[tuple[int, Change]]) -> None:
+        if batch:
+            entries = [Entry(c.document, c.writer, c.seq, c.data) for _, c in batch]
+            self._tickets.append((self._disk.append(entries), batch[-1][0]))
+
+    def _save(self, effect: sync.SaveSnapshot) -> None:
+        self._oracle.saved(self, effect.document, effect.version)
+        saved = Saved(effect.document, effect.version, effect.data)
+        self._disk.compact(saved, int(self.config.log_bytes))
+        self._tickets.append((self._disk.append(()), effect.number))
+        self.core.compacted(effect.document, self._disk.floor(effect.document))
+
+    def _note_commits(self) -> None:
+        number = 0
+        while self._tickets and self._tickets[0][0] <= self._disk.committed:
+            number = self._tickets.popleft()[1]
+        if number:
+            self.core.committed(number, self._schedule.now)
+            self._oracle.committed(self)
+
+    def _arm_timer(self) -> None:
+        at = self.core.next_deadline()
+        if self._open and self._tickets:
+            at = min(at, self._schedule.now + self.config.seal_delay)
+        if self._armed_at is None or at < self._armed_at:
+            self._armed_at = at
+            self._schedule.call_at(max(at, self._schedule.now), self, self._tick, at)
+
+    def _tick(self, at: float) -> None:
+        if at != self._armed_at:
+            return
+        self._armed_at = None
+        now = self._schedule.now
+        if now >= self.core.next_deadline():
+            self.core.tick(now)
+            self._adopt_closed()
+        elif self._transaction is None:
+            self._seal_open()
+        self.pump()
+
+    def _rebuild(self, name: str) -> None:
+        document = self._documents[name]
+        self.reload(document, self._writer, self._load_document)
+        self._oracle.reloaded(self)
+        self.core.rebuilt(name, self._schedule.now)
+        self._wake()
+
+    def _load_document(self, document: Document) -> None:
+        for item in self._disk.load():
+            if item.document == document.name:
+                self._load(item, document)
+
+    def _reidentify(self, reason: str) -> None:
+        old, new = self._writer, draw_writer(self.rng)
+        self._oracle.reidentified(self, reason)
+        self._sealed.clear()
+        self._tickets.clear()
+        self._disk.forget(old, self._base)
+        self._disk.start(self.agent, new, self._wake)
+        self._writer = new
+        self._base = {}
+        for document in list(self._documents.values()):
+            self.reload(document, new, self._load_document)
+        self.core.reidentified(self._hello(), dict(self.versions()), self._schedule.now)
+        self._oracle.reloaded(self)
+        self._on_event(self, IdentityRollback(old, new, reason))
+        self._wake()
+
+    def _adopt_closed(self) -> None:
+        if not self._closed_writers or not self.core.peers or not self.core.is_synced():
+            return
+        for writer in self._closed_writers:
+            if self.core.has_all_of(writer) and self._transaction is None:
+                self.adopt(writer)
+        self._closed_writers.clear()
+
+    # Connections
+
+    def next_peer(self) -> int:
+        """A new number for a connection."""
+        self._peers += 1
+        return self._peers
+
+    def connected(self, end: End, dialled: bool) -> None:
+        """A connection stands."""
+        self._links[end.peer] = end
+        self.core.peer_up(end.peer, self._schedule.now, dialled=dialled)
+        self.pump()
+
+    def disconnected(self, end: End, reason: str) -> None:
+        """A connection is gone."""
+        if self._links.pop(end.peer, None) is not None:
+            self.core.peer_down(end.peer, self._schedule.now, reason)
+            self.pump()
+
+    def receive(self, end: End, frames: list[wire.Frame]) -> None:
+        """A message arrived."""
+        for frame in frames:
+            if isinstance(frame, wire.Hello):
+                end.writer = frame.writer
+            self.core.receive(end.peer, frame, self._schedule.now)
+        self.pump()
+
+    def writable(self, end: End) -> None:
+        """A slow peer caught up."""
+        self.core.writable(end.peer, self._schedule.now)
+        self._wake()
+
+    def _enqueue(self, peer: int, frame: bytes) -> None:
+        end = self._links.get(peer)
+        if end is None or not end.is_open:
+            return
+        end.outbox.append(frame)
+        end.outbox_bytes += len(frame)
+        self._unsent[peer] = end
+        if end.outbox_bytes > self.config.outbox_bytes and not end.is_congested:
+            end.is_congested = True
+            self.core.congested(peer)
+
+    def _hang_up(self, peer: int, code: wire.ByeCode, reason: str) -> None:
+        end = self._links.get(peer)
+        if end is not None and end.ending is None:
+            end.ending = (code, reason)
+            self._unsent[peer] = end
+            if end.clogged_until > self._schedule.now:
+                self._network.close(end)
+
+    # Ending
+
+    def close(self) -> None:
+        """Save, say goodbye and stop."""
+        self.pump()
+        for peer, end in self._links.items():
+            self._enqueue(peer, wire.encode_frame(wire.Bye(wire.ByeCode.SHUTDOWN, "closing")))
+            self._network.flush(end)
+        self._disk.close()
+        self.stop()
+
+    def stop(self) -> None:
+        """The process is dead: nothing of it happens any more."""
+        self.is_alive = False
+        self._close_documents()
+
