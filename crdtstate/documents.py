@@ -173,6 +173,9 @@ class DocumentSet:
             self._seal(document, origin)
 
     def _seal(self, document: Document, origin: Origin | None = None) -> None:
+        if document.is_broken:
+            # Its writes stay open until it was rebuilt.
+            return
         self._open.pop(document.name, None)
         change = document.seal(origin)
         if change is not None:
@@ -213,6 +216,8 @@ class DocumentSet:
         """Empty *document*, let *load* fill it again, to be written by *writer* from now on, and
         write again what the own lane said and what was loaded does not."""
         self._open.pop(document.name, None)
+        # Nobody has heard of what was sealed and not taken; it is written again too.
+        self._sealed = [sealed for sealed in self._sealed if sealed[0].document != document.name]
         old = document.writer
         own = document.reset(writer)
         load(document)

@@ -31,7 +31,15 @@ from pycrdt import Map as YMap
 
 from crdtstate.errors import InvalidUpdate, UsageError
 from crdtstate.guard import encode_deletes
-from crdtstate.native_guard import CHANGE_BYTES_MAX, Known, check_change, check_state, is_root_name
+from crdtstate.native_guard import (
+    ARRAY,
+    CHANGE_BYTES_MAX,
+    TEXT,
+    Known,
+    check_change,
+    check_state,
+    is_root_name,
+)
 from crdtstate.slots import SEPARATOR
 
 __all__ = ["Array", "Native", "Text", "YMap"]
@@ -74,6 +82,8 @@ class Native:
         self._sealed: Doc[Any] = Doc(client_id=writer)
         # What is in the sealed Doc.
         self._known = Known()
+        for name, handle in self._handles.items():
+            self._settle(name, type(handle))
         self._start()
 
     def _start(self) -> None:
@@ -120,11 +130,17 @@ class Native:
         if found is None:
             if not is_root_name(name):
                 raise UsageError(f"{name[:80]!r} cannot name a shared type")
+            if not self._settle(name, kind):
+                used = "text" if kind is Array else "array"
+                raise UsageError(f"{name!r} is a shared {used} elsewhere; use another name")
             found = self._handles[name] = self._doc.get(name, type=kind)
         if not isinstance(found, kind):
             used, wanted = type(found).__name__.lower(), kind.__name__.lower()
             raise UsageError(f"{name!r} is a shared {used}, and cannot be a {wanted} as well")
         return found
+
+    def _settle(self, name: str, kind: type) -> bool:
+        return kind is YMap or self._known.settle(name, TEXT if kind is Text else ARRAY)
 
     def _notice(self, doc: Doc[Any], event: TransactionEvent) -> None:
         if doc is not self._doc:
@@ -231,9 +247,9 @@ class Native:
             here, there = (k.clocks.get(self.writer, 0) for k in (self._known, known))
             if here < there and self.is_open:
                 raise InvalidUpdate("own changes from elsewhere, while there are open edits")
+            self._known.join(known)
             self._sealed.apply_update(state)
             self._doc.apply_update(state)
-            self._known.join(known)
             if not self.is_open:
                 self._first = max(here, there)
         return [f"y{root}{SEPARATOR}" for root in sorted(known.roots())]

@@ -3,8 +3,9 @@ The guard of shared documents: reads Yjs updates of texts, arrays and maps, refu
 
 Nobody has a lane in a shared document: items of all writers stand beside each other and refer
 to each other, as editors in browsers write them. What a writer's next change can be held to: its
-items are its own and continue its clock; what they refer to is known and stands where they do;
-it deletes known items; nothing is empty, endless, nested too deep or of a kind we don't share.
+items are its own and continue its clock; what they refer to is known, stands in the same type,
+and such a type holds such items; it deletes known items; it cuts no character in half; nothing
+is empty, endless, nested too deep or of a kind we don't share. `Known` remembers what for.
 
 An honest word: this wall is lower than that of lanes. It keeps out every single update known to
 crash pycrdt, but nobody can tell from outside that yrs survives each well-formed edit of a
@@ -46,23 +47,43 @@ ROOT_CHARS_MAX = 200
 GC, DELETED, BINARY, STRING, EMBED, FORMAT, TYPE, ANY = 0, 1, 3, 4, 5, 6, 7, 8
 _KINDS = frozenset({DELETED, BINARY, STRING, EMBED, FORMAT, TYPE, ANY})
 _LEFT, _RIGHT, _KEYED, _KIND = 0x80, 0x40, 0x20, 0x1F
-_IN_ARRAYS, _IN_TEXTS = frozenset({BINARY, ANY}), frozenset({STRING, EMBED, FORMAT})
-_ARRAY, _MAP, _TEXT = 0, 1, 2
+
+ARRAY, MAP, TEXT = 0, 1, 2
+_HOLDERS = {BINARY: ARRAY, ANY: ARRAY, STRING: TEXT, EMBED: TEXT, FORMAT: TEXT}
+"""Which type has this in its sequence. Deleted items and types can be in both."""
 
 # Kinds of plain values, the first with the bytes they take.
 _SIZES = {127: 0, 126: 0, 124: 4, 123: 8, 122: 8, 121: 0, 120: 0}
 _INT, _WORD, _OBJECT, _LIST, _BUFFER = 125, 119, 118, 117, 116
 
+_WRONG_TYPE = "an item in a type that holds no such items; is a name used for two types?"
+
 Id = tuple[int, int]
 """``(client, clock)`` of an item."""
 
-Struct = tuple[int, int, int, Id | None, Id | None, Id | str | None, bool, list[int]]
-"""``(clock, length, kind, left, right, parent, keyed, halves)``. The parent, a root's name or the
-item that is a type, is only given where there are neither left nor right. Halves are the clocks
-within the length that are the second of a character of two."""
-
 Ranges = dict[int, list[Range]]
 """Client -> ranges of its clocks."""
+
+
+class Struct(NamedTuple):
+    """An item, or a run of items that one writer made in one go.
+
+    Attributes:
+        parent: The item that is the type it is in, or a root's name; only given where it is
+            not said by a neighbour.
+        made: Which type it is, if it is one.
+        halves: Its clocks, counted from the first, that are the second half of a character.
+    """
+
+    clock: int
+    length: int
+    kind: int
+    left: Id | None
+    right: Id | None
+    parent: Id | str | None
+    keyed: bool
+    made: int | None
+    halves: list[int]
 
 
 class Place(NamedTuple):
@@ -81,18 +102,20 @@ class Place(NamedTuple):
 
 
 class Known:
-    """Where every item stands that passed the guard, in runs."""
+    """What passed the guard, as far as the next change is held to it."""
 
     def __init__(self) -> None:
         # Client -> its next clock.
         self.clocks: dict[int, int] = {}
-        # Client -> where its runs start, and their places. None: collected, so nobody knows.
+        # Client -> where runs of one place start, and those places. None: collected, unknown.
         self._starts: dict[int, list[int]] = {}
         self._places: dict[int, list[Place | None]] = {}
-        # Items that are types -> which, and the roots of which it is known.
+        # Item -> which type it is.
         self._types: dict[Id, int] = {}
+        # Root -> whether it is a text or an array, and the item that told.
         self._roots: dict[str, tuple[int, Id | None]] = {}
-        # Where no item may be cut: yrs would keep an empty one, and nobody could read its state.
+        # Second halves of characters. Where an item is cut there, yrs keeps an empty one, and
+        # then nobody can read its state.
         self._halves: set[Id] = set()
 
     def roots(self) -> set[str]:
@@ -108,13 +131,13 @@ class Known:
                 roots.update(place.root for place in places[first:end] if place)
         return roots
 
-    def settle(self, root: str, kind: int, item: Id | None = None) -> bool:
+    def settle(self, root: str, made: int, item: Id | None = None) -> bool:
         """Hold *root* to be a text or an array; False if it is the other one.
 
-        The name of a root says nothing of its type, and an array that holds text which is not
-        ASCII makes pycrdt hang when it is read.
+        Updates don't tell the type of a root. Where one member has it for a text and another for
+        an array, pycrdt hangs when the latter reads a character that is not ASCII.
         """
-        return self._roots.setdefault(root, (kind, item))[0] == kind
+        return self._roots.setdefault(root, (made, item))[0] == made
 
     def join(self, other: Known) -> None:
         """Take in what *other* knows of the same document.
@@ -123,18 +146,18 @@ class Known:
             InvalidUpdate: They disagree on the type of a root; nothing changed.
         """
         if any(self._roots.get(root, it)[0] != it[0] for root, it in other._roots.items()):
-            raise InvalidUpdate(_TWO_TYPES)
+            raise InvalidUpdate(_WRONG_TYPE)
         self._roots = other._roots | self._roots
         for client, clock in other.clocks.items():
             if clock > self.clocks.get(client, 0):
                 self.clocks[client] = clock
                 self._starts[client] = other._starts[client]
                 self._places[client] = other._places[client]
-        self._types.update(other._types)
+        self._types |= other._types
         self._halves |= other._halves
 
     def extend(self, sections: Mapping[int, Sequence[Struct]], deletes: Ranges) -> None:
-        """Add items, each after those it refers to, and check that what is deleted is there.
+        """Add items, each after those it refers to, and check what is deleted.
 
         Raises InvalidUpdate, with some of them added: `cut` them off again.
         """
@@ -164,82 +187,89 @@ class Known:
 
     def cut(self, client: int, clock: int) -> None:
         """Forget the items of *client* from *clock* on."""
-        starts = self._starts.get(client, [])
-        while starts and starts[-1] >= clock:
-            starts.pop()
-            self._places[client].pop()
-        self.clocks[client] = clock
 
         def stays(item: Id | None) -> bool:
             return item is None or item[0] != client or item[1] < clock
 
-        self._types = {item: kind for item, kind in self._types.items() if stays(item)}
+        starts = self._starts.get(client, [])
+        del self._places.get(client, [])[bisect_left(starts, clock) :]
+        del starts[bisect_left(starts, clock) :]
+        self.clocks[client] = clock
+        self._types = {item: made for item, made in self._types.items() if stays(item)}
         self._roots = {root: it for root, it in self._roots.items() if stays(it[1])}
         self._halves = set(filter(stays, self._halves))
 
     def _missing(self, struct: Struct) -> int | None:
-        for reference in struct[3:6]:
-            if type(reference) is tuple and reference[1] >= self.clocks.get(reference[0], 0):
-                return reference[0]
+        for item in (struct.left, struct.right, struct.parent):
+            if type(item) is tuple and item[1] >= self.clocks.get(item[0], 0):
+                return item[0]
         return None
 
     def _add(self, client: int, struct: Struct) -> None:
-        clock, length, kind, left, right, *_, halves = struct
-        if right in self._halves or left and (left[0], left[1] + 1) in self._halves:
+        clock, left, right = struct.clock, struct.left, struct.right
+        if right in self._halves or left and (left == right or _after(left) in self._halves):
             raise InvalidUpdate("an item within a character")
-        self._halves.update((client, clock + half) for half in halves)
-        place = self._place(struct) if kind != GC else None
+        place = self._place(struct) if struct.kind != GC else None
         if place is not None:
-            if place.depth > DEPTH_MAX:
-                raise InvalidUpdate(f"types nest deeper than {DEPTH_MAX}")
-            # Under a key each value follows the one before; only deleted ones form runs.
-            is_one = length == 1 and kind in (BINARY, TYPE, ANY) or kind == DELETED
-            if place.keyed and (right or not is_one):
-                raise InvalidUpdate("what is under a key is not one value")
-            self._check_type(place, kind, (client, clock))
+            self._check(place, struct, (client, clock))
         places = self._places.setdefault(client, [])
         starts = self._starts.setdefault(client, [])
         if not places or places[-1] != place:
             starts.append(clock)
             places.append(place)
-        if made is not None:
-            self._types[client, clock] = made
-        self.clocks[client] = clock + length
-
-    def _check_type(self, place: Place, kind: int, item: Id) -> None:
-        """Check that the type this item is in can hold its kind."""
-        wanted = _MAP if place.keyed else _ARRAY if kind in _IN_ARRAYS else _TEXT
-        if place.parent is None:
-            is_sure = kind in _IN_ARRAYS or kind in _IN_TEXTS
-            if is_sure and not place.keyed and not self.settle(place.root, wanted, item):
-                raise InvalidUpdate(_TWO_TYPES)
-        pass
+        self.clocks[client] = clock + struct.length
+        if struct.made is not None:
+            self._types[client, clock] = struct.made
+        self._halves.update((client, clock + half) for half in struct.halves)
 
     def _place(self, struct: Struct) -> Place | None:
-        _, _, kind, left, right, parent, keyed, _ = struct
-        is_deleted = kind == DELETED
+        parent, is_deleted = struct.parent, struct.kind == DELETED
         if type(parent) is str:
-            return Place(parent, 1, None, keyed, is_deleted)
+            return Place(parent, 1, None, struct.keyed, is_deleted)
         if type(parent) is tuple:
             holder = self._at(parent)
             if holder is None:
                 return None
             if parent not in self._types and not holder.is_deleted:
                 raise InvalidUpdate("an item in something that is not a type")
-            return Place(holder.root, holder.depth + 1, parent, keyed, is_deleted)
-        beside = [self._at(item) for item in (left, right) if item]
-        place = beside[0]
-        if place is None or beside[-1] is None:
+            return Place(holder.root, holder.depth + 1, parent, struct.keyed, is_deleted)
+        beside = [self._at(item) for item in (struct.left, struct.right) if item]
+        place, other = beside[0], beside[-1]
+        if place is None or other is None:
             # Beside something collected, yrs collects it too; it doesn't matter where.
             return None
         # Merging updates, yrs forgets to say of an item that follows another that it is keyed.
-        if place[:4] != beside[-1][:4] or keyed > place.keyed:
+        if place[:4] != other[:4] or struct.keyed > place.keyed:
             raise InvalidUpdate("an item beside items of another place")
         return place if place.is_deleted == is_deleted else place._replace(is_deleted=is_deleted)
 
     def _at(self, item: Id) -> Place | None:
         client, clock = item
         return self._places[client][bisect_right(self._starts[client], clock) - 1]
+
+    def _check(self, place: Place, struct: Struct, item: Id) -> None:
+        """Check that the type can hold the item where it stands."""
+        kind = struct.kind
+        if place.depth > DEPTH_MAX:
+            raise InvalidUpdate(f"types nest deeper than {DEPTH_MAX}")
+        holder = self._types.get(place.parent) if place.parent else None
+        if place.keyed:
+            # A value follows the one before; only deleted ones form runs.
+            if (
+                struct.right
+                or kind != DELETED
+                and (struct.length > 1 or _HOLDERS.get(kind) == TEXT)
+            ):
+                raise InvalidUpdate("what is under a key is not one value")
+            fits = holder in (None, MAP)
+        elif kind not in _HOLDERS:
+            fits = holder != MAP
+        elif place.parent:
+            fits = holder in (None, _HOLDERS[kind])
+        else:
+            fits = self.settle(place.root, _HOLDERS[kind], item)
+        if not fits:
+            raise InvalidUpdate(_WRONG_TYPE)
 
 
 def check_change(update: bytes, writer: int, known: Known) -> set[str]:
@@ -254,7 +284,7 @@ def check_change(update: bytes, writer: int, known: Known) -> set[str]:
     clock = known.clocks.get(writer, 0)
     if not sections and not touched:
         raise InvalidUpdate("a change that changes nothing")
-    if any(client != writer or structs[0][0] != clock for client, structs in sections.items()):
+    if any(client != writer or structs[0].clock != clock for client, structs in sections.items()):
         raise InvalidUpdate(f"a change of {writer:x} does not continue its clock, {clock}")
     try:
         known.extend(sections, touched)
@@ -275,7 +305,7 @@ def check_state(update: bytes) -> Known:
     if len(update) > STATE_BYTES_MAX:
         raise InvalidUpdate(f"a state of {len(update)} bytes; at most {STATE_BYTES_MAX}")
     sections, deletes = _Reader(update).update(CLOCK_MAX, CLOCK_MAX)
-    if any(structs[0][0] for structs in sections.values()):
+    if any(structs[0].clock for structs in sections.values()):
         raise InvalidUpdate("a client's items do not start at clock 0")
     known = Known()
     known.extend(sections, deletes)
@@ -308,10 +338,10 @@ class _Reader:
 
     def section(self, count_max: int) -> tuple[int, list[Struct]]:
         count, client, clock = self.number(count_max), self.number(WRITER_MAX), self.number()
-        structs = []
+        structs: list[Struct] = []
         for _ in range(count):
             structs.append(self.struct(clock))
-            clock += structs[-1][1]
+            clock += structs[-1].length
         if not structs or clock > CLOCK_MAX:
             raise InvalidUpdate("a section is empty, or clocks are used up")
         return client, structs
@@ -319,7 +349,8 @@ class _Reader:
     def struct(self, clock: int) -> Struct:
         info = self.byte()
         kind = info & _KIND
-        left = right = parent = None
+        left = right = parent = made = None
+        halves: list[int] = []
         keyed = info & _KEYED > 0
         if info:
             if kind not in _KINDS:
@@ -330,10 +361,26 @@ class _Reader:
                 parent = self.parent()
                 if keyed:
                     self.text(KEY_BYTES_MAX)
-        length, halves = self.content(kind)
+        length = 1
+        if kind in (GC, DELETED):
+            length = self.number()
+        elif kind == STRING:
+            length, halves = _measure(self.text())
+        elif kind == ANY:
+            length = self.number()
+            for _ in range(length):
+                self.any(DEPTH_MAX)
+        elif kind == TYPE:
+            made = self.number(TEXT)
+        elif kind == BINARY:
+            self.bytes()
+        else:
+            if kind == FORMAT:
+                self.text(KEY_BYTES_MAX)
+            self.json()
         if not length:
             raise InvalidUpdate("an item of length 0")
-        return clock, length, kind, left, right, parent, keyed, halves
+        return Struct(clock, length, kind, left, right, parent, keyed, made, halves)
 
     def parent(self) -> Id | str:
         if not self.number(1):
@@ -342,29 +389,6 @@ class _Reader:
         if not is_root_name(name):
             raise InvalidUpdate("a root's name is empty, too long or not printable")
         return name
-
-    def content(self, kind: int) -> tuple[int, list[int]]:
-        """Skip what an item holds; return its length in clocks, and its halves of characters."""
-        match kind:
-            case 0 | 1:
-                return self.number(), []
-            case 3:
-                self.bytes()
-            case 4:
-                return _measure(self.text())
-            case 5 | 6:
-                if kind == FORMAT:
-                    self.text(KEY_BYTES_MAX)
-                self.json()
-            case 7:
-                if self.byte() not in _TYPES:
-                    raise InvalidUpdate("a type that is no array, map or text")
-            case _:
-                count = self.number()
-                for _ in range(count):
-                    self.any(DEPTH_MAX)
-                return count, []
-        return 1, []
 
     def json(self) -> None:
         try:
@@ -424,14 +448,18 @@ class _Reader:
         return self.bytes(size_max).decode()
 
 
-def _depth(value: Any) -> int:
-    inner = value.values() if type(value) is dict else value if type(value) is list else ()
-    return 1 + max(map(_depth, inner), default=0)
+def _after(item: Id) -> Id:
+    return item[0], item[1] + 1
 
 
 def _measure(text: str) -> tuple[int, list[int]]:
-    """How many UTF-16 units, which is what clocks count, and those that are second halves."""
+    """How many UTF-16 units, for that is what clocks count, and which are second halves."""
     if text.isascii():
         return len(text), []
     astral = [at for at, char in enumerate(text) if char > "\uffff"]
     return len(text) + len(astral), [at + count for count, at in enumerate(astral, 1)]
+
+
+def _depth(value: Any) -> int:
+    inner = value.values() if type(value) is dict else value if type(value) is list else ()
+    return 1 + max(map(_depth, inner), default=0)

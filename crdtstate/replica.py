@@ -756,9 +756,9 @@ class Replica(DocumentSet):
             pause = min(max(pause * 1.7, FIRST_PAUSE), self.config.reconnect_max)
             try:
                 connection = await dial(url, timeout=DIAL_TIMEOUT)
-            except TransportError as exc:
+            except (TransportError, UsageError) as exc:
                 log.debug("%s: %s", self.agent, exc)
-                self._unreachable[url] = str(exc)
+                self._unreachable[url] = str(exc).removeprefix(f"{url}: ")
                 continue
             self._unreachable.pop(url, None)
             started = self._loop.time()

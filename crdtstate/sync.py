@@ -193,6 +193,8 @@ class _Link:
     dirty: dict[str, set[int]] = field(default_factory=dict)
     neighbours: frozenset[int] = frozenset()
     told_neighbours: tuple[int, ...] | None = None
+    # The newest fingerprint that was the same on both sides.
+    agreed: int | None = None
     mismatches: int = 0
     strikes: int = 0
 
@@ -243,6 +245,8 @@ class Sync:
         self._snapshots: OrderedDict[str, tuple[bytes, bytes, Version, float]] = OrderedDict()
         # Changes that the engine failed on; never tried again.
         self._quarantine: OrderedDict[tuple[str, int, int], None] = OrderedDict()
+        # Documents to rebuild, and why.
+        self._broken: dict[str, str] = {}
         self._fingerprint = 0
         self._is_reidentifying = False
         # Deadlines; None while there is nothing to do.
@@ -352,6 +356,8 @@ class Sync:
         ledger = self._ledger(document)
         self._commit(ledger, document, version)
         ledger.floor = floor.copy()
+        if (found := self.documents.find(document)) is not None:
+            self._note_tidying(found)
 
     # Connections
 
@@ -409,6 +415,8 @@ class Sync:
         for name in sorted(touched):
             self._serve_asked(name)
             self._maybe_compact(name)
+        if self._broken:
+            self._rebuild_broken()
 
     def _persist(self, change: Change, own: Change | None) -> None:
         self._persisted += 1
@@ -640,8 +648,18 @@ class Sync:
         self._quarantine[change.document, change.writer, change.seq] = None
         if len(self._quarantine) > QUARANTINE_MAX:
             self._quarantine.popitem(last=False)
-        self._effects.append(Rebuild(document.name))
-        self._effects.append(Emit(DocumentRebuilt(document.name, reason)))
+        self._rebuild(document.name, reason)
+
+    def _rebuild(self, name: str, reason: str) -> None:
+        self._broken[name] = reason
+        self._rebuild_broken()
+
+    def _rebuild_broken(self) -> None:
+        """Have broken documents rebuilt, once the store has all that was delivered to them."""
+        busy = {document for _, document, _, _ in self._uncommitted}
+        for name in [name for name in self._broken if name not in busy]:
+            self._effects.append(Rebuild(name))
+            self._effects.append(Emit(DocumentRebuilt(name, self._broken.pop(name))))
 
     def rebuilt(self, document: str, now: float) -> None:
         """The document was loaded from the store again; it may lack what was not committed."""
@@ -789,12 +807,20 @@ class Sync:
             link.is_greeted = True
         if frame.fingerprint == self._fingerprint:
             link.mismatches = 0
+            if link.agreed != frame.fingerprint:
+                link.agreed = frame.fingerprint
+                self._note_agreement(link)
             return
         link.mismatches += 1
         if link.mismatches >= MISMATCHES_MAX:
             link.mismatches = 0
             for name in sorted(self._ledgers):
                 self._send_full_have(link, name)
+
+    def _note_agreement(self, link: _Link) -> None:
+        """The peer has committed just what we have: it need not name it, should a HAVE be lost."""
+        for name, ledger in self._ledgers.items():
+            link.acked.setdefault(name, Version()).merge(ledger.committed)
 
     def _send_full_have(self, link: _Link, name: str) -> None:
         link.dirty.pop(name, None)
@@ -908,8 +934,7 @@ class Sync:
         try:
             paths = document.join(snapshot)
         except EngineFailure as exc:
-            self._effects.append(Rebuild(name))
-            self._effects.append(Emit(DocumentRebuilt(name, str(exc))))
+            self._rebuild(name, str(exc))
             return
         self.documents.observe(snapshot.stamp)
         self._save(document)

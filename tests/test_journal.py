@@ -367,6 +367,15 @@ def test_a_row_that_came_to_another_document_is_found(path: Path) -> None:
         everything(path)
 
 
+def test_changes_that_swapped_places_are_found(path: Path) -> None:
+    with closing(started(path)) as journal:
+        journal.append([change("plan", ANNA, 1), change("plan", ANNA, 2)])
+    plant(path, "UPDATE journal SET seq = 3 - seq, id = 10 - id")
+
+    with pytest.raises(CorruptStore, match="journal, row 8"):
+        everything(path)
+
+
 @pytest.mark.parametrize("column", ["data", "version", "sha256", "floor"])
 def test_a_damaged_snapshot_is_named(path: Path, column: str) -> None:
     filled(path)
@@ -653,6 +662,51 @@ def test_a_snapshot_is_not_taken_apart(path: Path) -> None:
         assert len(list(journal.load())) == 201
 
 
+def test_what_is_committed_during_a_sync_is_not_yet_synced() -> None:
+    class BusyHost(FaultHost):
+        def sync_wal(self) -> None:
+            super().sync_wal()
+            journal.append([change("plan", ANNA, 2)])
+
+    machine = Machine("process")
+    host = partial(BusyHost, disk=machine.disk)
+    journal = started("/state.db", host=host, upkeep_every=None)
+    journal.append([change("plan", ANNA, 1)])
+
+    journal.upkeep()
+
+    assert (journal.committed, journal.synced) == (2, 1)
+    machine.disk.is_dead = True
+    journal.close(clean=False)
+
+
+def test_a_session_is_noted_for_good_before_it_writes_anything(machine: Machine) -> None:
+    with closing(machine.open()) as journal:
+        journal.start("agent", BERT, lambda: None)
+    journal = machine.start()
+    machine.disk.is_dead = True
+    journal.close(clean=False)
+
+    machine.disk.reboot("none", random.Random(0))
+
+    with closing(machine.open()) as journal:
+        assert (journal.session.writer, journal.session.clean) == (ANNA, False)
+
+
+def test_a_new_file_is_not_rolled_back_by_the_journal_of_its_making(machine: Machine) -> None:
+    """SQLite deletes its rollback journal; only synchronous=EXTRA makes that durable."""
+    with closing(connect("/state.db", machine.disk.vfs.name)) as db:
+        # Without shared memory and exclusive locking the switch to WAL is refused.
+        with pytest.raises(StoreUnavailable, match="cannot share memory"):
+            migrate(db, Path("/state.db"))
+        machine.disk.is_dead = True
+
+    machine.disk.reboot("none", random.Random(0))
+
+    with closing(connect("/state.db", machine.disk.vfs.name)) as db:
+        assert db.pragma("user_version") == len(MIGRATIONS)
+
+
 def test_everything_is_written_once_whichever_operation_fails(machine: Machine) -> None:
     operations = act(machine.start(), machine)
     expected = contents(machine.open())
@@ -746,6 +800,24 @@ def test_a_power_cut_at_any_moment_takes_nothing_that_was_synced(
     assert cut_at > 80
 
 
+@pytest.mark.parametrize("keep", ["none", "some"])
+def test_a_power_cut_soon_after_a_failure_takes_nothing_that_was_synced(
+    machine: Machine, keep: str
+) -> None:
+    rng = random.Random(5)
+    states = [dots_of_batches(count) for count in range(len(BATCHES) + 1)]
+
+    for fail_at in range(30, 90, 2):
+        for later in range(1, 15, 2):
+            again = Machine(machine.durability)
+            again.disk.fail_at, again.disk.cut_at = fail_at, fail_at + later
+            synced = live_until_the_cut(again)
+            again.disk.reboot(keep, rng)
+
+            with closing(again.open()) as journal:
+                assert all_dots(journal) in states[synced:], f"{fail_at}, {later} later"
+
+
 def live_until_the_cut(machine: Machine) -> int:
     """Do what `act` does, without retries; return what was synced when the power went."""
     try:
@@ -836,7 +908,8 @@ def test_a_real_file_that_cannot_grow_is_told_and_goes_on_later(path: Path) -> N
                 journal.append([change("plan", ANNA, seq, 9000)])
             assert isinstance(journal.failure, StoreUnavailable)
             assert journal.committed == 1
-            assert len(journal.read("plan", [(ANNA, 1, 9)], 10**6)[0]) == 1
+            waiting = journal.read("plan", [(ANNA, 1, 9)], 10**6)
+            assert waiting == ([change("plan", ANNA, 1).data], True)
         journal.retry()
 
         assert journal.failure is None

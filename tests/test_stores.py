@@ -344,6 +344,17 @@ def test_changes_of_a_lost_future_can_be_removed(open_store: Opener) -> None:
     assert list(opened.store.load()) == [saved("plan", {ANNA: 2}), *rest]
 
 
+def test_changes_that_are_still_queued_are_removed_too(open_store: Opener) -> None:
+    opened = open_store()
+    for entry in changes("plan", ANNA, 1, 50):
+        opened.store.append([entry])
+
+    opened.store.forget(ANNA, {"plan": 2})
+
+    opened.append()
+    assert list(opened.store.load()) == changes("plan", ANNA, 1, 2)
+
+
 # Coming back
 
 

@@ -311,13 +311,15 @@ class Oracle:
 
     def committed(self, replica: SimulatedReplica) -> None:
         """The core was told of commits."""
-        writer = replica.writer
         for name in replica.documents():
-            seq = replica.disk.version(name).get(writer, 0)
-            while seq and (birth := self._by_dot[name, writer, seq]) and not birth.is_committed:
-                birth.is_committed = True
-                seq -= 1
+            self._note_commits(name, replica.writer, replica.disk.version(name))
         self.on_commit(replica)
+
+    def _note_commits(self, document: str, writer: int, version: Version) -> None:
+        seq = version.get(writer, 0)
+        while seq and not (birth := self._by_dot[document, writer, seq]).is_committed:
+            birth.is_committed = True
+            seq -= 1
 
     def sending(self, replica: SimulatedReplica, frames: Iterable[wire.Frame]) -> None:
         """A message leaves."""
@@ -371,6 +373,8 @@ class Oracle:
         for name, version in replica.versions():
             self._delivered[replica.index, name] = version.copy()
             self._check_closed(replica.agent, name, version)
+            for writer in version:
+                self._note_commits(name, writer, version)
 
     def reidentified(self, replica: SimulatedReplica, reason: str) -> None:
         """A replica found that it was rolled back."""

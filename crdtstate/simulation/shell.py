@@ -169,15 +169,15 @@ class SimulatedReplica(DocumentSet):
         """Whether there is a connection to that writer."""
         return any(end.writer == writer for end in self._links.values())
 
-    def is_quiet(self) -> bool:
-        """Whether nothing waits to be sealed, committed, tidied or adopted."""
-        return not (
-            self._open
-            or self._sealed
-            or self._tickets
-            or (self._closed_writers and self.core.peers)
-            or any(document.needs_tidying for document in self._documents.values())
-        )
+    def busy_with(self) -> list[str]:
+        """What waits here: to be sealed, committed, tidied or adopted."""
+        waits = {
+            "writes": self._open or self._sealed,
+            "commits": self._tickets,
+            "adoptions": self._closed_writers and self.core.peers,
+            "tidying": any(document.needs_tidying for document in self._documents.values()),
+        }
+        return [what for what, there_is in waits.items() if there_is]
 
     def loads(self) -> Iterator[tuple[str, int, int]]:
         """What may pile up: (name, size, limit)."""

@@ -227,8 +227,8 @@ class Simulation:
         for group in self._groups():
             whole: dict[str, Version] = {}
             for replica in group:
-                if not replica.is_quiet():
-                    found.append(f"{replica.agent} is busy")
+                if waiting := replica.busy_with():
+                    found.append(f"{replica.agent} has {' and '.join(waiting)} to do")
                 for name, version in replica.versions():
                     whole.setdefault(name, Version()).merge(version)
             found += [line for replica in group for line in self._lacks(replica, whole)]
