@@ -294,10 +294,15 @@ class Document:
     def _write(self) -> bytes:
         before, self._before = self._before, {}
         lanes = self.lanes
-        paths = [path for path, slot in before.items() if lanes.own_slot(path) != slot]
-        self.written = paths.copy()
-        paths += lanes.settle(SETTLED_PER_CHANGE, before)
-        return lanes.write(paths) if paths else b""
+        slots: dict[str, Slot | None] = {}
+        for path, slot in before.items():
+            now = lanes.own_slot(path)
+            if now != slot:
+                slots[path] = now
+        self.written = list(slots)
+        if lanes.settled:
+            slots.update(dict.fromkeys(lanes.settle(SETTLED_PER_CHANGE, before)))
+        return lanes.write(slots) if slots else b""
 
     def _sealed(self, update: bytes, origin: Origin | None, kind: int) -> Change:
         seq = self.version.get(self.writer, 0) + 1
@@ -322,7 +327,7 @@ class Document:
             return None
         seq = self.version.get(self.writer, 0) + 1
         self._open_stamp = self._clock.issue(self._wall())
-        taken: list[str] = []
+        taken: dict[str, Slot | None] = {}
         leaving: list[str] = []
         for path in lane.places:
             container, _, key = path.partition(SEPARATOR)
@@ -333,8 +338,8 @@ class Document:
                 continue
             leaving.append(path)
             if is_live:
-                self.lanes.set_own(path, self._adopted(container, cell, writer, seq))
-                taken.append(path)
+                slot = taken[path] = self._adopted(container, cell, writer, seq)
+                self.lanes.set_own(path, slot)
         update = self.lanes.write(taken, (lane, leaving))
         return self._sealed(update, None, ADOPTION) if update else None
 

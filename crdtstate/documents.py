@@ -93,7 +93,12 @@ class DocumentSet:
         return [c for name in self.documents() for c in self._documents[name].conflicts()]
 
     def version(self) -> Cut:
-        """What this replica has taken in so far, its own writes included: a causal token."""
+        """What this replica has taken in so far, its own writes included: a causal token.
+
+        Raises:
+            UsageError: Inside a transaction, whose writes have no place in time yet.
+        """
+        self._check_settled()
         self._seal_open()
         return Cut({name: document.version for name, document in self._documents.items()})
 
@@ -140,8 +145,13 @@ class DocumentSet:
     def _check_usable(self) -> None:
         """Raise if this set cannot be used now; a replica overrides it."""
 
+    def _check_settled(self) -> None:
+        """Raise inside a transaction."""
+        if self._transaction is not None:
+            raise UsageError("not inside a transaction: leave the 'with' block first")
+
     def _written(self) -> None:
-        """There is something to seal; a replica overrides it to be woken."""
+        """There is something to seal, or something was sealed; a replica overrides it."""
 
     def _make(self, name: str, shared: bool) -> Document:
         if len(self._documents) >= DOCUMENTS_MAX:
@@ -187,6 +197,9 @@ class DocumentSet:
         the paths each change wrote."""
         if self._transaction is None:
             self._seal_open()
+        return self._hand_over()
+
+    def _hand_over(self) -> list[tuple[Change, list[str]]]:
         sealed, self._sealed = self._sealed, []
         return sealed
 

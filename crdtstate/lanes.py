@@ -32,7 +32,7 @@ sees it. pycrdt is imported here and in `native` only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from pycrdt import Doc
@@ -183,8 +183,10 @@ class Lanes:
         self._doc = doc
         self._root: YMap[Any] = doc.get("lanes", type=YMap)
         self._subscription = doc.observe(lambda event: self._updates.append(event.update))
-        # Handles of own segments by clock, as far as they were used.
-        self._maps: dict[int, YMap[Any]] = {}
+        # The engine's handles of own segments by clock, as far as they were used, and of the
+        # transaction in which they are written.
+        self._maps: dict[int, Any] = {}
+        self._transaction: Any = None
 
     def close(self) -> None:
         """Let the Doc go; one that is still observed is never freed."""
@@ -238,8 +240,11 @@ class Lanes:
             if writer != self.writer
         )
 
-    def write(self, paths: Iterable[str], adopt: tuple[Lane, list[str]] | None = None) -> bytes:
-        """Bring the own lane in the Doc after the index at *paths*, in one transaction.
+    def write(
+        self, slots: Mapping[str, Slot | None], adopt: tuple[Lane, list[str]] | None = None
+    ) -> bytes:
+        """Bring the own lane in the Doc after the index, in one transaction: *slots* is what the
+        index has of it at the paths that changed.
 
         Returns the update, empty if nothing had to change. *adopt* names a closed writer's lane
         and the paths that leave it in the same transaction (L6).
@@ -247,9 +252,11 @@ class Lanes:
         lane = self.lane(self.writer)
         written = 0
         first_clock = lane.clock
-        with self._doc.transaction():
-            for path in paths:
-                slot = self.own_slot(path)
+        with self._doc.transaction() as transaction:
+            # Slots go in and out by the engine's own handles: pycrdt's Map opens a nested
+            # transaction for every access, three of them for a deletion, half of a write's time.
+            self._transaction = transaction._txn
+            for path, slot in slots.items():
                 if slot is None:
                     self._drop(lane, path)
                 else:
@@ -275,7 +282,7 @@ class Lanes:
             segment = lane.items[old][0]
             if segment is not head:
                 self._take_out(segment, path)
-        self._map(head)[path] = slot.encode()
+        self._map(head).insert(self._transaction, path, slot.encode())
         lane.place(head, path, lane.clock)
         lane.clock += 1
 
@@ -286,7 +293,7 @@ class Lanes:
             lane.leave(path)
 
     def _take_out(self, segment: Segment, path: str) -> None:
-        del self._map(segment)[path]
+        self._map(segment).remove(self._transaction, path)
 
     def _open(self, lane: Lane) -> Segment:
         head = lane.open(lane.clock)
@@ -294,10 +301,10 @@ class Lanes:
         lane.clock += 1
         return head
 
-    def _map(self, segment: Segment) -> YMap[Any]:
+    def _map(self, segment: Segment) -> Any:
         found = self._maps.get(segment.clock)
         if found is None:
-            found = self._maps[segment.clock] = self._root[segment.key]
+            found = self._maps[segment.clock] = self._root[segment.key].integrated
         return found
 
     def _clean(self, lane: Lane, before: int) -> bool:
@@ -310,6 +317,8 @@ class Lanes:
             for path in lane.live_paths(segment):
                 slot = self.own_slot(path)
                 assert slot is not None, f"{path!r} lies in the lane but not in the index"
+                # It need not be taken out: it goes with the whole segment.
+                lane.leave(path)
                 self._put(lane, path, slot)
             del self._root[segment.key]
             self._maps.pop(segment.clock, None)

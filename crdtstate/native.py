@@ -18,7 +18,7 @@ Indices of a pycrdt text count UTF-8 bytes; an edit within a character is one th
 
 from __future__ import annotations
 
-import logging
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,8 +55,6 @@ ORIGIN = "crdtstate"
 
 SHARED = (Text, Array, YMap)
 _T = TypeVar("_T", Text, Array[Any], YMap[Any])
-
-log = logging.getLogger("crdtstate")
 
 
 class Native:
@@ -95,8 +93,9 @@ class Native:
         # What no change carries yet: what a rollback left, and the edits since.
         self._undone: list[bytes] = []
         self._edits: list[bytes] = []
-        # The clock of the first of those edits.
-        self._first = self._known.clocks.get(self.writer, 0)
+        # The clock of the first of those edits, and how many bytes they are.
+        self._first = 0
+        self._size = 0
         # Takes updates that are not edits of the user.
         self._aside: list[bytes] | None = None
         self._observed.append((doc, doc.observe(partial(self._notice, doc))))
@@ -149,8 +148,12 @@ class Native:
             self._aside.append(event.update)
             return
         was_open = self.is_open
+        if not was_open:
+            self._first = self._known.clocks.get(self.writer, 0)
+            self._size = 0
         self._edits.append(event.update)
-        if not was_open or CHANGE_BYTES_GOAL < sum(map(len, self._edits)) <= CHANGE_BYTES_MAX:
+        self._size += len(self._edits[-1])
+        if not was_open or CHANGE_BYTES_GOAL < self._size <= CHANGE_BYTES_MAX:
             self._on_write()
 
     @property
@@ -174,7 +177,6 @@ class Native:
             raise UsageError(f"edits were undone, as others would refuse them: {exc}") from exc
         self._sealed.apply_update(update)
         self._undone, self._edits = [], []
-        self._first = self._known.clocks.get(self.writer, 0)
         return update
 
     def rollback(self) -> None:
@@ -250,8 +252,6 @@ class Native:
             self._known.join(known)
             self._sealed.apply_update(state)
             self._doc.apply_update(state)
-            if not self.is_open:
-                self._first = max(here, there)
         return [f"y{root}{SEPARATOR}" for root in sorted(known.roots())]
 
     def join(self, state: bytes, newer: Callable[[int], bool]) -> bytes:
@@ -273,8 +273,8 @@ class Native:
         except ExceptionGroup as failures:
             if failures.__context__ is not None:
                 raise
-            # Observers are the user's. They fail after the fact, and nobody is there to be told.
-            log.error("an observer of a shared type failed", exc_info=failures)
+            # Observers are the user's. They fail after the fact, and nobody waits for them.
+            sys.excepthook(type(failures), failures, failures.__traceback__)
         finally:
             self._aside = None
 

@@ -167,15 +167,16 @@ class Known:
         waiting: dict[int, list[int]] = {}
         while todo:
             client = todo.pop()
-            before = done[client]
-            for struct in sections[client][before:]:
-                missing = self._missing(struct)
-                if missing is not None:
-                    waiting.setdefault(missing, []).append(client)
-                    break
-                self._add(client, struct)
-                done[client] += 1
-            if done[client] > before:
+            structs = sections[client]
+            before = at = done[client]
+            missing = None
+            while at < len(structs) and (missing := self._missing(structs[at])) is None:
+                self._add(client, structs[at])
+                at += 1
+            done[client] = at
+            if missing is not None:
+                waiting.setdefault(missing, []).append(client)
+            if at > before:
                 todo += waiting.pop(client, [])
         if any(done[client] < len(structs) for client, structs in sections.items()):
             raise InvalidUpdate("an item refers to one that is not there, or is later")
@@ -208,7 +209,7 @@ class Known:
     def _add(self, client: int, struct: Struct) -> None:
         clock, left, right = struct.clock, struct.left, struct.right
         if right in self._halves or left and (left == right or _after(left) in self._halves):
-            raise InvalidUpdate("an item within a character")
+            raise InvalidUpdate("an item within a character, or between one item")
         place = self._place(struct) if struct.kind != GC else None
         if place is not None:
             self._check(place, struct, (client, clock))
@@ -395,10 +396,10 @@ class _Reader:
             value = json.loads(self.text(JSON_BYTES_MAX))
             # yrs takes no NaN, no lone surrogates, and no deep nesting.
             json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+            if _depth(value) > DEPTH_MAX:
+                raise ValueError(f"nested deeper than {DEPTH_MAX}")
         except (ValueError, RecursionError) as exc:
-            raise InvalidUpdate(f"an embed or format is not JSON: {exc}") from None
-        if _depth(value) > DEPTH_MAX:
-            raise InvalidUpdate(f"JSON nests deeper than {DEPTH_MAX}")
+            raise InvalidUpdate(f"an embed or format is not JSON that yrs reads: {exc}") from None
 
     def any(self, depth: int) -> None:
         """Skip a plain value."""

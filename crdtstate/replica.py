@@ -217,6 +217,7 @@ class Replica(DocumentSet):
         if self._state != "open":
             return
         try:
+            self._seal_open()
             self._pump()
             for peer in list(self._links):
                 self._end_link(peer, wire.ByeCode.SHUTDOWN, "closing", tell=True)
@@ -322,6 +323,8 @@ class Replica(DocumentSet):
             WaitTimeout: It took longer than *timeout* seconds.
         """
         self._check_usable()
+        self._check_settled()
+        self._seal_open()
         self._pump()
         number = self._sync.persisted
 
@@ -366,6 +369,7 @@ class Replica(DocumentSet):
 
     async def _until(self, ready: Callable[[], bool], timeout: float | None, what: str) -> None:
         self._check_usable()
+        self._check_settled()
         self._pump()
         if ready():
             return
@@ -481,6 +485,8 @@ class Replica(DocumentSet):
     # The pump
 
     def _written(self) -> None:
+        if self._sealed:
+            self._tell_sealed()
         self._wake()
 
     def _wake(self) -> None:
@@ -503,8 +509,8 @@ class Replica(DocumentSet):
             return
         self._is_pumping = True
         try:
-            if not self._is_store_busy():
-                self._seal_and_tell()
+            if not self._is_store_busy() and self._transaction is None:
+                self._seal_open()
             self._note_commits()
             while effects := self._sync.effects():
                 self._carry_out(effects)
@@ -519,10 +525,9 @@ class Replica(DocumentSet):
         """Whether plain writes should go on collecting, because a commit is under way."""
         return bool(self._tickets) and self._store.failure is None
 
-    def _seal_and_tell(self) -> None:
-        sealed = self.take_sealed()
-        if not sealed:
-            return
+    def _tell_sealed(self) -> None:
+        """Let the core know of every change at once: no snapshot may hold one it does not (S3)."""
+        sealed = self._hand_over()
         self._sync.local_changes((change for change, _ in sealed), self._loop.time())
         if self._has_observers():
             for change, paths in sealed:
@@ -653,19 +658,25 @@ class Replica(DocumentSet):
     def _reidentify(self, reason: str) -> None:
         """Go on under a new writer, because peers know more of the present one than we do.
 
-        What was written since opening got dots that others use for something else. It is taken
-        out of the journal and written again, by the new writer.
+        What was written since opening, and no peer has acknowledged, got dots that others use for
+        something else. It is taken out of the journal and written again, by the new writer.
         """
         old, new = self._writer, draw_writer(self._rng)
-        self._sealed.clear()
+        for name, seq in self._sync.own_acked.items():
+            self._base[name] = max(seq, self._base.get(name, 0))
         self._tickets.clear()
         self._store.forget(old, self._base)
         self._store.start(self.agent, new, self._on_store_progress)
         self._writer = new
         self._base = {}
+        self._sync.reidentified(self._hello(), self._loop.time())
+
+        def load(document: Document) -> None:
+            self._load_document(document)
+            self._sync.restore(document.name, document.version, self._store.floor(document.name))
+
         for document in list(self._documents.values()):
-            self.reload(document, new, self._load_document)
-        self._sync.reidentified(self._hello(), dict(self.versions()), self._loop.time())
+            self.reload(document, new, load)
         self._emit(IdentityRollback(old, new, reason))
         self._wake()
 
@@ -793,6 +804,10 @@ class Replica(DocumentSet):
         except ProtocolError as exc:
             reason = str(exc)
             self._emit(PeerRejected(connection.remote, reason))
+        except Exception as exc:
+            # A bug of ours. It costs this connection, not the replica.
+            log.exception("%s: serving %s failed", self.agent, connection.remote)
+            reason = f"internal error: {exc}"
         finally:
             sender.cancel()
             connection.abort()

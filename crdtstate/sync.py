@@ -249,6 +249,8 @@ class Sync:
         self._broken: dict[str, str] = {}
         self._fingerprint = 0
         self._is_reidentifying = False
+        # Document -> own seq that a peer acknowledged after it got it from here.
+        self.own_acked: dict[str, int] = {}
         # Deadlines; None while there is nothing to do.
         self._beat_at = now + config.heartbeat * rng.random()
         self._flush_at: float | None = None
@@ -710,6 +712,8 @@ class Sync:
         if own > version.get(self.hello.writer, 0):
             self._reidentify(f"{link.agent} has {own} changes of this writer in {name!r}")
             return
+        if own and not frame.full:
+            self.own_acked[name] = max(own, self.own_acked.get(name, 0))
         due = self._now if frame.full else self._now + self.config.want_delay
         for writer, seq in frame.version.items():
             if seq > version.get(writer, 0):
@@ -730,7 +734,7 @@ class Sync:
         asks: dict[tuple[int, str], list[tuple[int, int, int]]] = {}
         for (name, writer), wanted in list(self._missing.items()):
             have = self._version(name).get(writer, 0)
-            if have >= wanted.target:
+            if have >= wanted.target or (name, writer, have + 1) in self._quarantine:
                 del self._missing[name, writer]
                 continue
             if wanted.due > now:
@@ -1016,21 +1020,21 @@ class Sync:
             self._is_reidentifying = True
             self._effects.append(Reidentify(reason))
 
-    def reidentified(self, hello: wire.Hello, versions: dict[str, Version], now: float) -> None:
-        """This replica goes on as ``hello.writer``; *versions* are what its documents hold now.
+    def reidentified(self, hello: wire.Hello, now: float) -> None:
+        """This replica goes on as ``hello.writer``. Load its documents anew; `restore` each.
 
         All connections are closed, to be made anew under the new name.
         """
         self._now = now
         self.hello = hello
         self._is_reidentifying = False
+        self.own_acked.clear()
         self._uncommitted.clear()
         self._outgoing.clear()
         self._effects = [e for e in self._effects if not isinstance(e, (Persist, SaveSnapshot))]
         self._fingerprint = 0
-        for name, ledger in self._ledgers.items():
+        for ledger in self._ledgers.values():
             ledger.committed = Version()
-            self._commit(ledger, name, versions.get(name, Version()))
         for link in list(self._links.values()):
             self._hang_up(link, wire.ByeCode.NORMAL, "new writer")
 

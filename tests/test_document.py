@@ -143,6 +143,16 @@ def test_plain_writes_of_one_turn_are_one_change_until_they_grow_large() -> None
     assert len(agent.sealed()) > 3
 
 
+def test_a_version_is_not_to_be_had_inside_a_transaction() -> None:
+    agent = Agent(1)
+
+    with pytest.raises(UsageError, match="inside a transaction"), agent.transaction():
+        agent.map("plan")["a"] = 1
+        agent.version()
+
+    assert dict(agent.map("plan")) == {}
+
+
 def test_a_message_that_is_no_text_is_refused() -> None:
     agent = Agent(1)
 

@@ -124,9 +124,7 @@ def test_a_lane_stays_small_however_often_it_is_overwritten() -> None:
         if number % 1000 == 999:
             live = Lanes(9)
             cells = document.lanes.container("mplan").cells
-            for key, cell in cells.items():
-                live.set_own(f"mplan\0{key}", cell[7])
-            alone = len(live.write([f"mplan\0{key}" for key in cells]))
+            alone = len(live.write({f"mplan\0{key}": cell[7] for key, cell in cells.items()}))
             assert len(document.engine.state()) <= 2 * alone + 40_000
             assert len(document.lanes.lanes[7].items) <= 4 * len(cells) + 1000
             live.close()
@@ -214,7 +212,8 @@ def test_nobody_deletes_in_the_lane_of_another() -> None:
     relay(seal(victim), thief, witness)
     thief.put("mplan", "other", pack(1, "plan"))
     lane = thief.lanes.lanes[1]
-    update = thief.lanes.write(["mplan\0other"], (lane, ["mplan\0goal"]))
+    slots = {"mplan\0other": thief.lanes.own_slot("mplan\0other")}
+    update = thief.lanes.write(slots, (lane, ["mplan\0goal"]))
 
     with pytest.raises(InvalidUpdate, match="L1"):
         witness.lanes.check(update, 2, 1, witness.version)
@@ -255,8 +254,7 @@ def _slot_that_is_no_value() -> Slot:
 )
 def test_a_slot_is_refused(path: str, slot: Slot, reason: str) -> None:
     hostile, victim = Lanes(2), make(1)
-    hostile.set_own(path, slot)
-    update = hostile.write([path])
+    update = hostile.write({path: slot})
 
     with pytest.raises(InvalidUpdate, match=reason):
         victim.lanes.check(update, 2, 1, victim.version)

@@ -5,6 +5,7 @@ The relay as a process: opened, announced, and closed in order when it is told t
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import threading
@@ -61,6 +62,16 @@ async def serve(
         assert replica.address is not None
         announce(replica.address)
         await stop.wait()
+
+
+def announce_as_text(address: str) -> None:
+    """Print where the relay listens; the last word is the address."""
+    print(f"relay listening on {address}", flush=True)
+
+
+def announce_as_json(address: str) -> None:
+    """Print where the relay listens, for scripts."""
+    print(json.dumps({"address": address}), flush=True)
 
 
 def _stop_on_signals(stop: asyncio.Event) -> None:

@@ -442,6 +442,8 @@ class _Nasty(_History):
         sim.datagrams = Datagrams()
         for name in sim.names:
             replica = sim.up(name)
+            for document in replica.documents() if replica else ():
+                sim.oracle.fail_engine(replica, document, False)
             if replica is not None and replica.core.has_quarantine:
                 # What an engine failed on is tried again by the next process only.
                 sim.close(name)

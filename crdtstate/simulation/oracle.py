@@ -346,11 +346,11 @@ class Oracle:
 
     # Ends and beginnings
 
-    def fail_engine(self, replica: SimulatedReplica, name: str) -> None:
-        """Let the engine of a document fail on the next change."""
+    def fail_engine(self, replica: SimulatedReplica, name: str, fails: bool = True) -> None:
+        """Let the engine of a document fail on the next change, or no more."""
         document = replica.find(name)
         if isinstance(document, WatchedDocument):
-            document.fails_next = True
+            document.fails_next = fails
 
     def crashed(self, index: int, promised: Mapping[str, Version]) -> None:
         """A host is down; its disk promised to keep *promised*."""
@@ -364,17 +364,19 @@ class Oracle:
             self.expect(
                 version <= here, "I5", f"{replica.agent} had {version} of {name!r}, has {here}"
             )
-        self.reloaded(replica)
-
-    def reloaded(self, replica: SimulatedReplica) -> None:
-        """A replica has loaded documents from its disk again."""
         for name in [name for index, name in self._delivered if index == replica.index]:
             del self._delivered[replica.index, name]
-        for name, version in replica.versions():
-            self._delivered[replica.index, name] = version.copy()
-            self._check_closed(replica.agent, name, version)
-            for writer in version:
-                self._note_commits(name, writer, version)
+        for name in versions:
+            self.reloaded(replica, name)
+
+    def reloaded(self, replica: SimulatedReplica, name: str) -> None:
+        """A replica has loaded a document from its disk."""
+        document = replica.find(name)
+        assert document is not None
+        version = self._delivered[replica.index, name] = document.version.copy()
+        self._check_closed(replica.agent, name, version)
+        for writer in version:
+            self._note_commits(name, writer, version)
 
     def reidentified(self, replica: SimulatedReplica, reason: str) -> None:
         """A replica found that it was rolled back."""

@@ -172,7 +172,7 @@ class SimulatedReplica(DocumentSet):
     def busy_with(self) -> list[str]:
         """What waits here: to be sealed, committed, tidied or adopted."""
         waits = {
-            "writes": self._open or self._sealed,
+            "writes": self._open,
             "commits": self._tickets,
             "adoptions": self._closed_writers and self.core.peers,
             "tidying": any(document.needs_tidying for document in self._documents.values()),
@@ -193,6 +193,8 @@ class SimulatedReplica(DocumentSet):
     # The pump; see Replica
 
     def _written(self) -> None:
+        if self._sealed:
+            self.core.local_changes((c for c, _ in self._hand_over()), self._schedule.now)
         self._wake()
 
     def _wake(self) -> None:
@@ -206,8 +208,8 @@ class SimulatedReplica(DocumentSet):
         if self._is_pumping or not self.is_alive:
             return
         self._is_pumping = True
-        if not self._tickets:
-            self._seal_and_tell()
+        if not self._tickets and self._transaction is None:
+            self._seal_open()
         self._note_commits()
         while effects := self.core.effects():
             self._carry_out(effects)
@@ -219,11 +221,6 @@ class SimulatedReplica(DocumentSet):
             if end.is_open:
                 self._network.flush(end)
         self._oracle.pumped(self)
-
-    def _seal_and_tell(self) -> None:
-        sealed = self.take_sealed()
-        if sealed:
-            self.core.local_changes((change for change, _ in sealed), self._schedule.now)
 
     def _carry_out(self, effects: list[sync.Effect]) -> None:
         batch: list[tuple[int, Change]] = []
@@ -299,7 +296,7 @@ class SimulatedReplica(DocumentSet):
     def _rebuild(self, name: str) -> None:
         document = self._documents[name]
         self.reload(document, self._writer, self._load_document)
-        self._oracle.reloaded(self)
+        self._oracle.reloaded(self, name)
         self.core.rebuilt(name, self._schedule.now)
         self._wake()
 
@@ -311,16 +308,21 @@ class SimulatedReplica(DocumentSet):
     def _reidentify(self, reason: str) -> None:
         old, new = self._writer, draw_writer(self.rng)
         self._oracle.reidentified(self, reason)
-        self._sealed.clear()
         self._tickets.clear()
         self._disk.forget(old, self._base)
         self._disk.start(self.agent, new, self._wake)
         self._writer = new
         self._base = {}
+        self.core.reidentified(self._hello(), self._schedule.now)
+
+        def load(document: Document) -> None:
+            self._load_document(document)
+            self.core.restore(document.name, document.version, self._disk.floor(document.name))
+
         for document in list(self._documents.values()):
-            self.reload(document, new, self._load_document)
-        self.core.reidentified(self._hello(), dict(self.versions()), self._schedule.now)
-        self._oracle.reloaded(self)
+            self.reload(document, new, load)
+        for name in self.documents():
+            self._oracle.reloaded(self, name)
         self._on_event(self, IdentityRollback(old, new, reason))
         self._wake()
 
@@ -398,4 +400,3 @@ class SimulatedReplica(DocumentSet):
         """The process is dead: nothing of it happens any more."""
         self.is_alive = False
         self._close_documents()
-

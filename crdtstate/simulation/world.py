@@ -293,9 +293,7 @@ class Simulation:
                 self.cut(*names, silently=silently)
         self._note("partitioned", " | ".join(", ".join(sorted(group)) for group in groups))
 
-    def cut(
-        self, one: str, two: str, *, silently: bool | None = None, both: bool = True
-    ) -> None:
+    def cut(self, one: str, two: str, *, silently: bool | None = None, both: bool = True) -> None:
         """Cut two hosts off from each other, or without *both* only the second from what the
         first sends; see `partition`."""
         a, b = self._host(one).index, self._host(two).index

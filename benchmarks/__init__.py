@@ -1,0 +1,23 @@
+"""
+Benchmarks: what crdtstate costs, next to the least that it could cost.
+
+    python -m benchmarks                    all of them, five to eight minutes
+    python -m benchmarks --quick            small versions, under a minute
+    python -m benchmarks writes growth      some of them
+    python -m benchmarks --json             for machines
+
+Machines differ and share their cores, so what counts is the *ratio* to a *floor*: the same work
+done by the bare libraries (pycrdt, apsw, websockets), in the same run, by turns with ours. It says
+how many times the floor's cost ours is. Times are CPU time and medians, unless a name says
+otherwise: what waits for another process is measured by the wall clock.
+
+    measure      how it is measured: efforts, results, targets, clocks
+    children     work in processes of its own
+    report       the machine and the table
+    writes       local writes and the journal        applies    changes of others
+    reads        maps and counters                   propagation  from one agent to another
+    fleet        ten agents on one relay             growth     what a million writes leave behind
+    recovery     opening a store, snapshots
+
+To add one: a module with a function from `Effort` to results, named in `__main__`.
+"""

@@ -1,0 +1,715 @@
+"""
+The command line: what a person or a script does with a fleet from outside.
+
+    crdtstate set main/map/plan/goal "ship it" --peer ws://127.0.0.1:8765
+
+Commands that read or write dial a peer with a replica that lives in memory only, wait until both
+have the same, do what they were asked, wait until the peer has that too, and leave. A place is
+written ``DOCUMENT/KIND/NAME[/KEY]``.
+
+What was asked for goes to stdout, errors and notes to stderr. Values come from agents, so nothing
+in them that a terminal would obey is ever printed (`printable`). Exit codes: 0 done, 1 failed,
+2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import concurrent.futures
+import http.client
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, closing
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TextIO, TypeVar
+from urllib.parse import urlsplit
+
+import typer
+from rich.cells import cell_len
+from rich.console import Console
+from rich.progress import track
+
+from crdtstate import __version__, relay
+from crdtstate.change import Snapshot, decode_change
+from crdtstate.documents import DocumentSet
+from crdtstate.errors import CRDTStateError, StoreUnavailable, TransportError, WaitTimeout
+from crdtstate.events import Changed, PeerConnected, PeerDisconnected
+from crdtstate.relay.server import DEFAULT_LISTEN, announce_as_json, announce_as_text
+from crdtstate.replica import Replica
+from crdtstate.stores import Saved
+from crdtstate.stores.journal import Journal
+from crdtstate.stores.journal import verify as verify_store
+
+T = TypeVar("T")
+
+KINDS = ("map", "counter", "register", "set")
+PAGE_BYTES_MAX = 64 * 2**20
+
+app = typer.Typer(
+    name="crdtstate",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# What several commands share
+
+Peer = Annotated[
+    str,
+    typer.Option(
+        envvar="CRDTSTATE_PEER", metavar="URL", help="The relay or agent to ask: ws://HOST:PORT."
+    ),
+]
+Timeout = Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="How long to try.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Agent = Annotated[str, typer.Option(metavar="NAME", help="As whom to write.")]
+WholePlace = Annotated[
+    str, typer.Argument(metavar="PLACE", help="DOCUMENT/KIND/NAME or, in a map, .../NAME/KEY.")
+]
+
+
+def main() -> int:
+    """Run the command line; return the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app()
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Python would complain when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (CRDTStateError, OSError) as exc:
+        print(f"crdtstate: {printable(str(exc))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as exc:
+        return exc.code if isinstance(exc.code, int) else 0
+    return 0
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    try:
+        return asyncio.run(work)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"crdtstate {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Shared state for fleets of AI agents: look at it, change it, run relays, see it work.
+
+    Start with [bold]crdtstate demo[/bold].
+    """
+
+
+# Places and values
+
+
+class Place(NamedTuple):
+    """Where something stands, as written on the command line."""
+
+    document: str
+    kind: str
+    name: str
+    key: str | None
+
+    def __str__(self) -> str:
+        return "/".join(part for part in self if part is not None)
+
+
+def parse_place(text: str) -> Place:
+    """Read ``DOCUMENT/KIND/NAME[/KEY]``; a key may contain slashes. Raises typer.BadParameter."""
+    parts = text.split("/", 3)
+    if len(parts) < 3 or not all(parts[:3]):
+        raise typer.BadParameter(f"{text!r}: write DOCUMENT/KIND/NAME, such as main/map/plan")
+    document, kind, name = parts[:3]
+    if kind not in KINDS:
+        raise typer.BadParameter(f"{text!r}: the kind is {', '.join(KINDS)}, not {kind!r}")
+    key = parts[3] if len(parts) == 4 else None
+    if key is not None and kind != "map":
+        raise typer.BadParameter(f"{text!r}: only maps have keys, a {kind} has none")
+    return Place(document, kind, name, key)
+
+
+def parse_value(text: str) -> Any:
+    """Read JSON, or else take *text* as it is."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except ValueError:
+        return text
+
+
+def printable(text: str, keep: str = "") -> str:
+    """*text* with everything escaped that is no plain character: a terminal would obey it."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def as_text(value: Any) -> str:
+    """A value for people, on one line."""
+    return printable(json.dumps(plain(value), ensure_ascii=False))
+
+
+def plain(value: Any) -> Any:
+    """A value in the types of JSON: bytes as ``{"base64": ...}``, times in ISO 8601."""
+    match value:
+        case bytes():
+            return {"base64": base64.b64encode(value).decode()}
+        case datetime():
+            return value.isoformat()
+        case float() if not math.isfinite(value):
+            return str(value)
+        case dict():
+            return {_plain_key(key): plain(item) for key, item in value.items()}
+        case list():
+            return [plain(item) for item in value]
+    return value
+
+
+def _plain_key(key: Any) -> str:
+    return key if isinstance(key, str) else json.dumps(plain(key))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(plain(value)), flush=True)
+
+
+def _print_columns(rows: Sequence[Sequence[Any]], out: TextIO | None = None) -> None:
+    """Print rows with their cells aligned."""
+    texts = [[printable(str(cell)) for cell in row] for row in rows]
+    widths = [max(map(cell_len, column)) for column in zip(*texts, strict=True)]
+    for row in texts:
+        cells = (
+            cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)
+        )
+        print("  ".join(cells).rstrip(), file=out)
+
+
+def _note(text: str) -> None:
+    print(f"crdtstate: {printable(text)}", file=sys.stderr)
+
+
+# Reaching a peer
+
+
+def _check_url(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("ws", "wss") and parts.hostname and (parts.port or 1):
+            return url
+    except ValueError:
+        pass
+    raise typer.BadParameter(f"{url!r} is not a URL like ws://127.0.0.1:8765")
+
+
+@asynccontextmanager
+async def _dialled(url: str, timeout: float, agent: str = "cli") -> AsyncIterator[Replica]:
+    """A replica in memory that has what the peer has."""
+    async with Replica(agent, peers=[_check_url(url)]) as replica:
+        await _sync(replica, url, timeout)
+        yield replica
+
+
+async def _sync(replica: Replica, url: str, timeout: float) -> None:
+    try:
+        await replica.synced(timeout)
+    except WaitTimeout:
+        why = replica.unreachable().get(url)
+        if why is None:
+            found = "not in sync" if replica.peers() else "no answer"
+            why = f"{found} after {timeout:g} s; give it a longer --timeout"
+        raise TransportError(f"{url}: {why}") from None
+
+
+def _fetch(url: str, page: str, timeout: float) -> dict[str, Any] | None:
+    """Get a page of a relay; None if the peer has no such pages."""
+    parts = urlsplit(_check_url(url))
+    secure = parts.scheme == "wss"
+    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    with closing(kind(parts.hostname or "", parts.port, timeout=timeout)) as connection:
+        try:
+            connection.request("GET", page)
+            answer = connection.getresponse()
+            if answer.status == http.HTTPStatus.NOT_FOUND:
+                return None
+            found = json.loads(answer.read(PAGE_BYTES_MAX))
+        except ConnectionRefusedError:
+            why = "connection refused: is a relay listening there?"
+        except TimeoutError:
+            why = f"no answer after {timeout:g} s"
+        except OSError as exc:
+            why = exc.strerror or str(exc)
+        except (http.client.HTTPException, ValueError):
+            why = "it does not answer as a relay"
+        else:
+            if isinstance(found, dict):
+                return found
+            why = "it does not answer as a relay"
+    raise TransportError(f"{url}: {why}")
+
+
+# Reading and writing
+
+
+@app.command()
+def get(
+    place: WholePlace,
+    peer: Annotated[
+        str | None,
+        typer.Option(
+            envvar="CRDTSTATE_PEER",
+            metavar="URL",
+            help="The relay or agent to ask: ws://HOST:PORT.",
+        ),
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Read a store that nobody has open, instead of a peer."),
+    ] = None,
+    timeout: Timeout = 5.0,
+    as_json: AsJson = False,
+) -> None:
+    """Print a value, or a whole map or set.
+
+    Example: [cyan]crdtstate get main/map/plan/goal --peer ws://127.0.0.1:8765[/cyan]
+    """
+    where = parse_place(place)
+    if store is not None:
+        value = _read(_read_store(store), where)
+    elif peer is not None:
+        value = _run(_get(peer, timeout, where))
+    else:
+        raise typer.BadParameter("say whom to ask: --peer ws://HOST:PORT, or --store FILE")
+    if as_json:
+        _print_json(value)
+    elif isinstance(value, dict) and where.kind == "map" and where.key is None:
+        for key in sorted(value):
+            print(f"{printable(key)} = {as_text(value[key])}")
+    elif where.kind == "set":
+        for item in value:
+            print(printable(item) if isinstance(item, str) else as_text(item))
+    else:
+        print(printable(value, "\n\t") if isinstance(value, str) else as_text(value))
+
+
+async def _get(peer: str, timeout: float, place: Place) -> Any:
+    async with _dialled(peer, timeout) as replica:
+        return _read(replica, place)
+
+
+def _read(documents: DocumentSet, place: Place) -> Any:
+    document = documents.document(place.document)
+    match place.kind:
+        case "counter":
+            return document.counter(place.name).value
+        case "set":
+            return sorted(document.set(place.name), key=as_text)
+        case "map":
+            view = document.map(place.name)
+            if place.key is None:
+                return dict(view)
+            if place.key in view:
+                return view[place.key]
+        case "register":
+            register = document.register(place.name)
+            if register.is_set:
+                return register.value
+    raise CRDTStateError(f"{place}: nothing there")
+
+
+def _read_store(path: Path) -> DocumentSet:
+    """The documents of a store, without leaving a trace in it."""
+    if not path.is_file():
+        raise StoreUnavailable(path, "there is no such file")
+    documents = DocumentSet("reader", 1, lambda: 0)
+    with closing(Journal(path)) as journal:
+        for item in journal.load():
+            if isinstance(item, Saved):
+                snapshot = Snapshot.decode(item.data)
+                documents.find_or_make(item.document, snapshot.shared).join(snapshot)
+                continue
+            change = decode_change(item.data)
+            document = documents.find_or_make(item.document, change.shared)
+            if not document.version.covers(change.dot):
+                document.apply(change)
+    return documents
+
+
+@app.command("set")
+def set_(
+    place: WholePlace,
+    value: Annotated[str, typer.Argument(help="JSON; what is not JSON is taken as a string.")],
+    peer: Peer,
+    agent: Agent = "cli",
+    timeout: Timeout = 5.0,
+    as_json: AsJson = False,
+) -> None:
+    """Set a map's key or a register, or add to a set.
+
+    Example: [cyan]crdtstate set main/map/plan/goal "ship it" --peer ws://127.0.0.1:8765[/cyan]
+    """
+    where = parse_place(place)
+    if where.kind == "map" and where.key is None:
+        raise typer.BadParameter(f"{place!r} is a whole map; say which key: {place}/KEY")
+    if where.kind == "counter":
+        raise typer.BadParameter("a counter is not set but incremented: crdtstate increment")
+    _run(_set(peer, timeout, agent, where, parse_value(value)))
+    if as_json:
+        _print_json({"place": str(where), "value": parse_value(value)})
+    else:
+        print(f"{printable(str(where))} = {as_text(parse_value(value))}")
+
+
+async def _set(peer: str, timeout: float, agent: str, place: Place, value: Any) -> None:
+    async with _dialled(peer, timeout, agent) as replica:
+        document = replica.document(place.document)
+        match place.kind:
+            case "map":
+                document.map(place.name)[place.key or ""] = value
+            case "register":
+                document.register(place.name).value = value
+            case "set":
+                document.set(place.name).add(value)
+        await _sync(replica, peer, timeout)
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def increment(
+    place: WholePlace,
+    peer: Peer,
+    by: Annotated[int, typer.Argument(help="How much; may be negative.")] = 1,
+    agent: Agent = "cli",
+    timeout: Timeout = 5.0,
+    as_json: AsJson = False,
+) -> None:
+    """Add to a counter and print what it is then.
+
+    Example: [cyan]crdtstate increment main/counter/tokens 120 --peer ws://127.0.0.1:8765[/cyan]
+    """
+    where = parse_place(place)
+    if where.kind != "counter":
+        raise typer.BadParameter(f"{place!r} is not a counter")
+    value = _run(_increment(peer, timeout, agent, where, by))
+    if as_json:
+        _print_json({"place": str(where), "value": value})
+    else:
+        print(value)
+
+
+async def _increment(peer: str, timeout: float, agent: str, place: Place, by: int) -> int:
+    async with _dialled(peer, timeout, agent) as replica:
+        counter = replica.document(place.document).counter(place.name)
+        counter.increment(by)
+        await _sync(replica, peer, timeout)
+        return counter.value
+
+
+@app.command()
+def watch(
+    place: WholePlace,
+    peer: Peer,
+    timeout: Timeout = 5.0,
+    as_json: AsJson = False,
+) -> None:
+    """Print changes of a place as they happen, until Ctrl-C.
+
+    Example: [cyan]crdtstate watch main/map/plan --peer ws://127.0.0.1:8765[/cyan]
+    """
+    _run(_watch(peer, timeout, parse_place(place), as_json))
+
+
+async def _watch(peer: str, timeout: float, place: Place, as_json: bool) -> None:
+    stop = asyncio.Event()
+
+    def show(event: Changed) -> None:
+        if (event.document, event.kind, event.name) != place[:3]:
+            return
+        if place.key is not None and event.key != place.key:
+            return
+        try:
+            _print_change(event, as_json)
+        except BrokenPipeError:
+            stop.set()
+
+    async with _dialled(peer, timeout) as replica:
+        replica.on(Changed, show)
+        replica.on(PeerDisconnected, lambda event: _note(f"{peer}: {event.reason}; dialling again"))
+        replica.on(PeerConnected, lambda event: _note(f"{peer}: connected to {event.agent}"))
+        await stop.wait()
+
+
+def _print_change(event: Changed, as_json: bool) -> None:
+    if as_json:
+        fields = ("document", "kind", "name", "key", "value", "agent")
+        _print_json({field: getattr(event, field) for field in fields})
+        return
+    key = event.key if isinstance(event.key, str) or event.key is None else as_text(event.key)
+    place = Place(event.document, event.kind, event.name, key)
+    by = f"  ({printable(event.agent)})" if event.agent else ""
+    print(f"{printable(str(place))} = {as_text(event.value)}{by}", flush=True)
+
+
+# Looking
+
+
+@app.command()
+def peers(peer: Peer, timeout: Timeout = 5.0, as_json: AsJson = False) -> None:
+    """List who is connected to a relay.
+
+    Lag is how many changes they have not acknowledged yet.
+
+    Example: [cyan]crdtstate peers --peer ws://127.0.0.1:8765[/cyan]
+    """
+    found = _fetch(peer, "/status", timeout)
+    if found is None:
+        raise TransportError(f"{peer}: an agent, not a relay, and does not tell its peers")
+    if as_json:
+        _print_json(found["peers"])
+        return
+    columns = ("agent", "role", "lag", "queued_bytes", "address")
+    rows = [[entry.get(column) or "-" for column in columns] for entry in found["peers"]]
+    _print_columns([[column.upper().replace("_", " ") for column in columns], *rows])
+
+
+@app.command()
+def status(peer: Peer, timeout: Timeout = 5.0, as_json: AsJson = False) -> None:
+    """Say how a relay or agent is doing and what it has.
+
+    Example: [cyan]crdtstate status --peer ws://127.0.0.1:8765[/cyan]
+    """
+    found = _fetch(peer, "/status", timeout) or _run(_status(peer, timeout))
+    if as_json:
+        _print_json(found)
+        return
+    _print_columns(list(_describe(found)))
+
+
+async def _status(url: str, timeout: float) -> dict[str, Any]:
+    """What can be learned of an agent, which has no pages, from its part in the mesh."""
+    async with _dialled(url, timeout) as replica:
+        peer = replica.peers()[0]
+        return {
+            "agent": peer.agent,
+            "role": peer.role,
+            "writer": f"{peer.writer:x}",
+            "address": peer.address,
+            "documents": {name: version.total for name, version in sorted(replica.versions())},
+            "conflicts": len(replica.conflicts()),
+            "version": str(replica.version()),
+        }
+
+
+def _describe(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "agent", f"{found['agent']} ({found['role']})"
+    yield "address", found["address"] or "-"
+    if "ready" in found:
+        yield "ready", "yes" if found["ready"] else f"no: {found['store_failure']}"
+        yield "store", found["store"] or "memory"
+        yield "peers", ", ".join(peer["agent"] for peer in found["peers"]) or "none"
+        for url, why in found["unreachable"].items():
+            yield "unreachable", f"{url}: {why}"
+        yield "waiting", f"{found['pending']} changes here, {found['missing']} announced"
+    yield "conflicts", str(found["conflicts"])
+    for name, count in found["documents"].items():
+        yield "document", f"{name}: {count} changes"
+
+
+@app.command()
+def verify(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A replica's SQLite file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check every page, change and snapshot of a store. Its owner may be running.
+
+    Example: [cyan]crdtstate verify agent-7.db[/cyan]
+    """
+    found = verify_store(store)
+    if as_json:
+        counts = {n: getattr(found, n) for n in ("documents", "snapshots", "changes", "bytes")}
+        _print_json({"store": str(store), **counts, "problems": found.problems})
+    else:
+        for problem in found.problems:
+            print(printable(problem))
+    if found.problems:
+        raise CRDTStateError(f"{store}: damaged, problems: {len(found.problems)}")
+    if not as_json:
+        what = f"{found.documents} documents, {found.snapshots} snapshots, {found.changes} changes"
+        print(f"{printable(str(store))}: sound ({what}, {found.bytes:,} bytes)")
+
+
+# Running
+
+
+class Durability(str, Enum):
+    """What a commit survives; see `Replica`."""
+
+    process = "process"
+    power = "power"
+
+
+@app.command("relay")
+def run_relay(
+    listen: Annotated[
+        str, typer.Option(metavar="URL", help="Where to listen; port 0 takes any free one.")
+    ] = DEFAULT_LISTEN,
+    store: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The SQLite file that keeps everything.")
+    ] = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="Another relay; repeatable.")
+    ] = None,
+    durability: Annotated[
+        Durability, typer.Option(help="What a commit survives: a kill, or a power cut as well.")
+    ] = Durability.process,
+    name: Annotated[str, typer.Option(metavar="NAME", help="What peers see.")] = "relay",
+    attached: Annotated[
+        bool, typer.Option("--attached", help="Stop when standard input ends.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a relay, for agents that cannot reach each other. Ctrl-C or SIGTERM ends it in order.
+
+    The mesh is on /mesh; /healthz, /status and /digest answer plain HTTP. Who can reach the port
+    can read and write everything: keep it on the loopback interface or a network that you trust.
+
+    Example: [cyan]crdtstate relay --listen ws://127.0.0.1:8765 --store relay.db[/cyan]
+    """
+    for url in [listen, *(peer or [])]:
+        _check_url(url)
+    _run(
+        relay.serve(
+            announce_as_json if as_json else announce_as_text,
+            listen=listen,
+            store=store,
+            peers=peer or [],
+            durability=durability.value,
+            name=name,
+            attached=attached,
+        )
+    )
+
+
+@app.command()
+def simulate(
+    agents: Annotated[
+        int | None, typer.Option(min=2, help="How many; otherwise each seed decides.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run.")] = 1,
+    changes: Annotated[int, typer.Option(min=1, help="Writes of each seed.")] = 60,
+    faults: Annotated[
+        bool, typer.Option("--faults/--no-faults", help="Whether anything goes wrong.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Run whole fleets in virtual time, with everything that can go wrong, and check invariants.
+
+    Example: [cyan]crdtstate simulate --agents 20 --seed 7 --seeds 50[/cyan]
+    """
+    from crdtstate.simulation import CampaignReport
+
+    jobs = [(number, agents, changes, faults) for number in range(seed, seed + seeds)]
+    workers = min(len(jobs), os.cpu_count() or 1)
+    # Ctrl-C is for this process; it takes the others along.
+    with concurrent.futures.ProcessPoolExecutor(workers, initializer=_ignore_sigint) as pool:
+        try:
+            running = [pool.submit(_run_seed, *job) for job in jobs]
+            done = concurrent.futures.as_completed(running)
+            console = Console(stderr=True)
+            shown = track(
+                done,
+                "Simulating",
+                total=len(jobs),
+                console=console,
+                transient=True,
+                disable=not console.is_terminal,
+            )
+            report = CampaignReport.of(future.result() for future in shown)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise typer.Exit(130) from None
+    if as_json:
+        _print_json(report.as_json())
+    else:
+        _print_columns(list(_sum_up(report)))
+    if report.failures:
+        numbers = ", ".join(str(failure.seed) for failure in report.failures[:10])
+        raise CRDTStateError(f"{len(report.failures)} of {seeds} seeds failed: {numbers}")
+
+
+def _ignore_sigint() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _run_seed(seed: int, agents: int | None, changes: int, faults: bool) -> Any:
+    from crdtstate.simulation import run_seed
+
+    return run_seed(seed, agents=agents, changes=changes, faults=faults)
+
+
+def _sum_up(report: Any) -> Iterator[tuple[str, str]]:
+    yield "seeds", str(report.seeds)
+    yield "failures", str(len(report.failures))
+    for failure in report.failures:
+        yield f"  {failure.seed}", f"{failure.invariant}: {failure.detail}"
+    yield "redundancy", f"{report.redundancy:.4f}"
+    for label, times in (("delivery", report.delivery_ms), ("at the last", report.last_ms)):
+        yield label, ", ".join(f"{name} {value:g} ms" for name, value in times.items())
+    yield "bytes per change", f"{report.bytes_per_change:g}"
+    yield "trace", report.trace
+
+
+@app.command()
+def demo(
+    agents: Annotated[int, typer.Option(min=3, max=100, help="How many agent processes.")] = 10,
+    path: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="What to survey; else Python's standard library."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Chooses who is cut off and who is killed.")] = 1,
+    keep: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the stores there, to look at them.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """See it work: agents survey a source tree together, some lose the network, one is killed.
+
+    A relay and agents run as processes on this machine. At the end all replicas must be equal,
+    and what they hold together must be exactly what one process finds alone.
+
+    Example: [cyan]crdtstate demo --agents 10[/cyan]
+    """
+    from crdtstate.demo import run
+
+    raise typer.Exit(_run(run(agents, path, seed=seed, keep=keep, as_json=as_json)))
