@@ -43,7 +43,7 @@ class Effort:
 
 
 FULL = Effort(scale=1.0, rounds=7, seconds=4.0, agents=10)
-QUICK = Effort(scale=0.1, rounds=3, seconds=1.0, agents=10)
+QUICK = Effort(scale=0.04, rounds=3, seconds=0.4, agents=10)
 TINY = Effort(scale=0.001, rounds=1, seconds=0.1, agents=2)
 
 

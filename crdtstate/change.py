@@ -131,11 +131,13 @@ def decode_change(data: bytes) -> Change:
     _check(kind, 0, ADOPTION, "kind")
     if type(shared) is not bool or type(update) is not bytes:
         raise InvalidUpdate("a change's update is malformed")
-    if not all(type(text) is str and len(text) <= 1000 for text in (agent, message, run)):
-        raise InvalidUpdate("a change's origin is malformed")
+    for text in (agent, message, run):
+        if type(text) is not str or len(text) > 1000:
+            raise InvalidUpdate("a change's origin is malformed")
     deps = decode_dots(flat)
-    if any(dep.writer == writer for dep in deps):
-        raise InvalidUpdate("a change depends on its own writer")
+    for dep in deps:
+        if dep.writer == writer:
+            raise InvalidUpdate("a change depends on its own writer")
     origin = Origin(agent, message, run)
     return Change(document, writer, seq, deps, stamp, kind, shared, update, origin, bytes(data))
 

@@ -38,15 +38,15 @@ from typing import Any, NamedTuple
 from pycrdt import Doc
 from pycrdt import Map as YMap
 
-from crdtstate import guard, values
+from crdtstate import guard
 from crdtstate.clock import Dot, Version
 from crdtstate.errors import InvalidUpdate
 from crdtstate.slots import (
-    KINDS,
     SEPARATOR,
     Cell,
     Container,
     Slot,
+    check_content,
     contains_totals,
     live_slots,
     totals,
@@ -359,6 +359,7 @@ class Lanes:
         puts: list[tuple[int, int, str, Slot]] = []
         moved: set[str] = set()
         seen: set[str] = set()
+        dead, closes = self._check_deletes(parsed.deletes, lane)
         for origin, parent, key, content in parsed.items:
             if content is None:
                 if parent != "lanes" or key != segment_key(writer, clock):
@@ -368,30 +369,25 @@ class Lanes:
                 where, path = _locate(lane, opened, origin, parent, key)
                 if path in seen:
                     raise InvalidUpdate(f"path {path!r} twice in one change (L4)")
+                if path in lane.places and (writer, path) not in dead:
+                    raise InvalidUpdate(f"path {path!r} keeps an older slot (L4)")
                 seen.add(path)
                 slot = Slot.decode(content)
                 if self._check_slot(path, slot, writer, seq, version):
                     moved.add(path)
                 puts.append((clock, where, path, slot))
             clock += 1
-        dead, closes = self._check_deletes(parsed.deletes, lane)
-        if lane.places.keys() & seen:
-            for path in seen:
-                old = lane.places.get(path)
-                if old is not None and (writer, path) not in dead:
-                    raise InvalidUpdate(f"path {path!r} keeps an older slot (L4)")
         drops = [(owner, path) for owner, path in dead if owner != writer or path not in seen]
-        self._check_adoption(drops, puts, writer)
+        if drops:
+            self._check_adoption(drops, puts, writer)
         return Plan(writer, opened, puts, drops, closes, moved, clock)
 
     def _check_slot(self, path: str, slot: Slot, writer: int, seq: int, version: Version) -> bool:
         """Check one slot; return whether it only moved."""
-        container, separator, key = path.partition(SEPARATOR)
-        if not separator or len(container) < 2 or container[0] not in KINDS:
-            raise InvalidUpdate(f"path {path!r} is not a path")
         if slot.seq != seq:
-            cell = self.containers.get(container)
-            if cell is None or cell.cells.get(key, {}).get(writer) != slot:
+            container, _, key = path.partition(SEPARATOR)
+            cells = self.containers.get(container)
+            if cells is None or cells.cells.get(key, {}).get(writer) != slot:
                 raise InvalidUpdate(f"slot {path!r} is dated {slot.seq} in change {seq}")
             return True
         for other, covered in slot.covers.items():
@@ -403,10 +399,7 @@ class Lanes:
                 raise InvalidUpdate(f"slot {path!r} adopts what its writer cannot have seen (L6)")
             if slot.origin.writer in slot.covers:
                 raise InvalidUpdate(f"slot {path!r} covers its own origin (L6)")
-        if slot.value is not None:
-            values.unpack(slot.value)
-        if container[0] == "c":
-            totals(slot)
+        check_content(path, slot)
         return False
 
     def _check_deletes(
@@ -483,9 +476,9 @@ class Lanes:
                 touched.append(path)
         for clock in plan.closes:
             lane.close(lane.segments[clock])
-        for path in touched:
-            if self.own_slot(path) is not None:
-                self.settled.add(path)
+        own = self.lanes.get(self.writer)
+        if own is not None:
+            self.settled.update(path for path in touched if path in own.places)
         return touched
 
     # State
@@ -598,16 +591,10 @@ def _bury(lane: Lane, segment: Segment, path: str, clock: int, length: int) -> N
 
 
 def _check_stored(path: str, slot: Slot, writer: int, version: Version) -> None:
-    container, separator, _ = path.partition(SEPARATOR)
-    if not separator or len(container) < 2 or container[0] not in KINDS:
-        raise InvalidUpdate(f"path {path!r} is not a path")
     if slot.seq > version.get(writer, 0):
         raise InvalidUpdate(f"slot {path!r} is newer than its document")
     if writer in slot.covers or (slot.origin is not None and slot.origin.writer in slot.covers):
         raise InvalidUpdate(f"slot {path!r} covers itself (L2)")
     if any(seq > version.get(other, 0) for other, seq in slot.covers.items()):
         raise InvalidUpdate(f"slot {path!r} covers what is newer than its document (L2)")
-    if slot.value is not None:
-        values.unpack(slot.value)
-    if container[0] == "c":
-        totals(slot)
+    check_content(path, slot)

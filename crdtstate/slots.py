@@ -63,8 +63,10 @@ class Slot(NamedTuple):
         value, seq, stamp = parts[:3]
         if value is not None and type(value) is not bytes:
             raise InvalidUpdate("a slot's value is not bytes")
-        _check_int(seq, 1, SEQ_MAX, "a slot's seq")
-        _check_int(stamp, 0, STAMP_MAX, "a slot's stamp")
+        if type(seq) is not int or not 0 < seq <= SEQ_MAX:
+            raise InvalidUpdate("a slot's seq is out of range")
+        if type(stamp) is not int or not 0 <= stamp <= STAMP_MAX:
+            raise InvalidUpdate("a slot's stamp is out of range")
         if len(parts) == 3:
             return cls(value, seq, stamp)
         covers = _decode_covers(parts[3])
@@ -199,6 +201,23 @@ class Container:
 
 KINDS = frozenset("mcrs@")
 """First letter of a container: map, counter, register, set, and what the document keeps itself."""
+
+
+def check_content(path: str, slot: Slot) -> None:
+    """Check that a foreign slot holds what views of its kind can read. Raises InvalidUpdate."""
+    container, separator, key = path.partition(SEPARATOR)
+    kind = container[:1]
+    if not separator or len(container) < 2 or kind not in KINDS:
+        raise InvalidUpdate(f"path {path!r} is not a path")
+    value = None if slot.value is None else values.unpack(slot.value)
+    if kind == "c":
+        totals(slot)
+    elif kind == "s":
+        values.unpack_key(key)
+    elif kind == "@" and type(value) is not str:
+        raise InvalidUpdate(f"slot {path!r} holds no name")
+    if key and kind in "cr":
+        raise InvalidUpdate(f"path {path!r} has a key where there is one value")
 
 
 def totals(slot: Slot) -> tuple[int, ...]:

@@ -250,6 +250,10 @@ def _slot_that_is_no_value() -> Slot:
         ("xplan\0k", Slot(pack(1, "plan"), 1, 0), "not a path"),
         ("cn\0", Slot(pack("text", "plan"), 1, 0), "counter"),
         ("cn\0", Slot(pack([-1, 0], "plan"), 1, 0), "counter"),
+        ("cn\0k", Slot(pack([1, 0], "plan"), 1, 0), "key"),
+        ("rleader\0k", Slot(pack(1, "plan"), 1, 0), "key"),
+        ("sskills\0?", Slot(pack(True, "plan"), 1, 0), "element|key"),
+        ("@strategies\0mplan", Slot(pack([], "plan"), 1, 0), "name"),
     ],
 )
 def test_a_slot_is_refused(path: str, slot: Slot, reason: str) -> None:

@@ -79,8 +79,9 @@ def _walk(root: Path) -> Iterator[str]:
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in SKIPPED]
         for name in files:
-            if name.endswith(".py"):
-                yield Path(folder, name).relative_to(root).as_posix()
+            path = Path(folder, name)
+            if path.suffix == ".py" and path.is_file():
+                yield path.relative_to(root).as_posix()
 
 
 def owner(name: str, agents: int) -> int:

@@ -67,7 +67,7 @@ WAL_PAGES = 1024
 WAL_BYTES_MAX = 12 * 2**20
 """The size to which the WAL's file is cut when it starts over."""
 
-# REPLACE, not IGNORE: a row that a failed commit left behind must be written and synced anew.
+# REPLACE, because a commit that failed may have left the row behind.
 ADD_DOCUMENT = "INSERT OR REPLACE INTO document VALUES(?, ?)"
 ADD_CHANGE = "INSERT OR REPLACE INTO journal VALUES(?, ?, ?, ?, ?, ?)"
 ADD_SNAPSHOT = "INSERT OR REPLACE INTO snapshot VALUES(?, ?, ?, ?, ?)"

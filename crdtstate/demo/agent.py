@@ -1,0 +1,171 @@
+"""
+One agent of the demo, as a process: ``python -m crdtstate.demo.agent``.
+
+It surveys its share of the files and records each in one transaction. What is recorded is done:
+after a kill it goes on where its store says that it was, and the transaction keeps it from counting
+anything twice.
+
+It talks to the demo in lines. It is told ``go``, ``digest`` and ``delays``; it tells, as JSON, what
+it has done and taken in. When its standard input ends, so does it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from crdtstate.clock import Cut
+from crdtstate.config import Config
+from crdtstate.demo.survey import DOCUMENT, FILES, names, owner, record, summarise
+from crdtstate.events import Changed, Event
+from crdtstate.relay import digests
+from crdtstate.replica import Replica
+
+REPORT_EVERY = 0.2
+"""Seconds between reports while only others work."""
+
+PATIENCE = 60.0
+"""Seconds in which a restarted agent has to catch up."""
+
+CONFIG = Config(reconnect_max=1.0)
+"""Who is cut off tries to return every second, not every 30: the demo is a short one."""
+
+
+class Agent:
+    """An agent at work.
+
+    Args:
+        replica: Its open replica.
+        root: The tree.
+        share: The names of its files.
+        run: The run that its changes belong to.
+    """
+
+    def __init__(self, replica: Replica, root: Path, share: list[str], run: str) -> None:
+        self.replica = replica
+        self.root = root
+        self.share = share
+        self.run = run
+        self._document = replica.document(DOCUMENT)
+        self._files = self._document.map(FILES)
+        self._done = sum(name in self._files for name in share)
+        # Of changes of others: the agent, when it was written, and how long it took to come here.
+        self._delays: list[tuple[str, int, float]] = []
+        self._is_dirty = True
+        replica.on(Changed, self._note_delay)
+        replica.on(Event, self._note_event)
+
+    async def survey(self) -> None:
+        """Do what is left of the share."""
+        for name in self.share:
+            if name in self._files:
+                continue
+            summary = await asyncio.to_thread(summarise, self.root / name)
+            with self.replica.transaction(message=name, run=self.run):
+                record(self._document, name, summary)
+            self._done += 1
+            self.report()
+
+    def report(self, **more: Any) -> None:
+        """Tell the demo how far it is."""
+        self._is_dirty = False
+        peers = len(self.replica.peers())
+        version = str(self.replica.version())
+        tell(done=self._done, of=len(self.share), peers=peers, version=version, **more)
+
+    def report_for_ever(self) -> None:
+        """Report now and then when something has happened."""
+        if self._is_dirty:
+            self.report()
+        asyncio.get_running_loop().call_later(REPORT_EVERY, self.report_for_ever)
+
+    def tell_delays(self) -> None:
+        tell(delays=self._delays)
+
+    def _note_event(self, event: Event) -> None:
+        self._is_dirty = True
+
+    def _note_delay(self, event: Changed) -> None:
+        if event.name != FILES or event.local or not event.agent:
+            return
+        winner = self._files.explain(event.key).winner
+        if winner is not None:
+            written = winner.stamp.wall_ms
+            self._delays.append((event.agent, written, time.time() * 1000 - written))
+
+
+def tell(**what: Any) -> None:
+    """Send one line to the demo."""
+    print(json.dumps(what), flush=True)
+
+
+def listen(commands: asyncio.Queue[str], told_to_end: asyncio.Task[Any]) -> None:
+    """Queue the lines of standard input, and cancel the task when it ends."""
+    loop = asyncio.get_running_loop()
+
+    def read() -> None:
+        # Not through sys.stdin, whose lock a thread must not hold when the interpreter ends.
+        rest = b""
+        while data := os.read(0, 4096):
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                loop.call_soon_threadsafe(commands.put_nowait, line.decode())
+        loop.call_soon_threadsafe(told_to_end.cancel)
+
+    threading.Thread(target=read, daemon=True).start()
+
+
+async def live(options: argparse.Namespace) -> None:
+    """Be an agent until standard input ends."""
+    commands: asyncio.Queue[str] = asyncio.Queue()
+    task = asyncio.current_task()
+    assert task is not None
+    listen(commands, task)
+    share = [n for n in names(options.path) if owner(n, options.of) == options.index]
+    async with Replica(
+        options.name, store=options.store, peers=[options.peer], config=CONFIG
+    ) as replica:
+        agent = Agent(replica, options.path, share, options.run)
+        agent.report(ready=True)
+        agent.report_for_ever()
+        if options.until:
+            await replica.wait_for(Cut.parse(options.until), PATIENCE)
+            await replica.synced(PATIENCE)
+            agent.report(recovered=True)
+        while True:
+            match await commands.get():
+                case "go":
+                    await agent.survey()
+                case "digest":
+                    tell(digest=digests(replica))
+                case "delays":
+                    agent.tell_delays()
+
+
+def main() -> int:
+    """Run the process; return its exit code."""
+    parser = argparse.ArgumentParser("crdtstate.demo.agent")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--index", type=int, required=True)
+    parser.add_argument("--of", type=int, required=True)
+    parser.add_argument("--path", type=Path, required=True)
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--peer", required=True)
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--until")
+    try:
+        asyncio.run(live(parser.parse_args()))
+    except (asyncio.CancelledError, BrokenPipeError):
+        pass
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

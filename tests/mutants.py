@@ -1,0 +1,250 @@
+"""
+Mutants: bugs planted on purpose, to see whether the campaign finds them.
+
+Each is a function that patches one thing. ``python tests/mutants.py NAME`` plants it in this process,
+runs seeds until one fails, and prints how many that took and which invariant told. A mutant that
+survives means that the campaign is too weak; one that merely crashes the harness does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from crdtstate import document, lanes, slots, sync
+from crdtstate.change import Change, Snapshot
+from crdtstate.clock import Version
+from crdtstate.document import Document
+from crdtstate.lanes import Lanes
+from crdtstate.simulation import run_seed, shell
+from crdtstate.stores.index import DocumentIndex
+from crdtstate.sync import Sync
+
+MUTANTS: dict[str, Callable[[], None]] = {}
+
+
+def mutant(plant: Callable[[], None]) -> Callable[[], None]:
+    MUTANTS[plant.__name__] = plant
+    return plant
+
+
+# Documents
+
+
+@mutant
+def no_causal_delivery() -> None:
+    def is_ready(self: Document, change: Change) -> bool:
+        return self.version.get(change.writer, 0) == change.seq - 1
+
+    Document.is_ready = is_ready
+
+
+@mutant
+def empty_covers() -> None:
+    document.covering = lambda cell, writer: slots.NO_COVERS
+
+
+@mutant
+def removals_dropped_early() -> None:
+    settled = Lanes._is_settled
+
+    def is_settled(self: Lanes, path: str) -> bool:
+        own = self.own_slot(path)
+        return (own is not None and own.value is None) or settled(self, path)
+
+    Lanes._is_settled = is_settled
+
+
+@mutant
+def covered_slots_never_dropped() -> None:
+    Lanes._is_settled = lambda self, path: False
+
+
+@mutant
+def cleaning_forgets_a_slot() -> None:
+    live_paths = lanes.Lane.live_paths
+    lanes.Lane.live_paths = lambda self, segment: live_paths(self, segment)[1:]
+
+
+@mutant
+def snapshot_replaces_what_is_there() -> None:
+    Lanes.join = lambda self, state, newer: state
+
+
+@mutant
+def heads_never_replaced() -> None:
+    deliver = Document._deliver
+
+    def keep(self: Document, change: Change) -> None:
+        heads = dict(self.heads)
+        deliver(self, change)
+        self.heads = heads | self.heads
+
+    Document._deliver = keep
+
+
+@mutant
+def adoption_loses_counts() -> None:
+    document.filed = lambda flat, lane: {lane: (flat[0], flat[1])} if lane else {}
+
+
+# Sync
+
+
+@mutant
+def dot_reused_after_a_crash_that_lost_the_tail() -> None:
+    shell.may_keep_writer = lambda session: session.writer is not None
+
+
+@mutant
+def have_before_commit() -> None:
+    persist = Sync._persist
+
+    def eager(self: Sync, change: Change, own: Change | None) -> None:
+        persist(self, change, own)
+        self._commit(self._ledger(change.document), change.document, {change.writer: change.seq})
+
+    Sync._persist = eager
+
+
+@mutant
+def sent_before_commit() -> None:
+    local_changes = Sync.local_changes
+
+    def eager(self: Sync, changes: Any, now: float) -> None:
+        listed = list(changes)
+        local_changes(self, listed, now)
+        self._outgoing += [(change, None) for change in listed]
+
+    Sync.local_changes = eager
+
+
+@mutant
+def no_want() -> None:
+    Sync._ask = lambda self: None
+
+
+@mutant
+def snapshot_cut_at_received() -> None:
+    def snapshot(self: Sync, found: Document) -> Snapshot:
+        made = found.snapshot()
+        received = Version(made.version)
+        for name, writer, seq in self._pending:
+            if name == found.name and seq > received.get(writer, 0):
+                received[writer] = seq
+        return made._replace(version=received)
+
+    Sync._snapshot = snapshot
+
+
+@mutant
+def snapshot_with_uncommitted_changes() -> None:
+    Sync._has_uncommitted = lambda self, name: False
+
+
+@mutant
+def log_floor_above_delivered() -> None:
+    compact = DocumentIndex.compact
+
+    def greedy(self: DocumentIndex, version: Version, keep_bytes: int) -> Any:
+        forgotten = compact(self, version, keep_bytes)
+        for writer, index in self.writers.items():
+            if index.first > version.get(writer, 0) and index.first > 1:
+                index.first += 1
+        return forgotten
+
+    DocumentIndex.compact = greedy
+
+
+@mutant
+def log_pruned_too_far() -> None:
+    compact = DocumentIndex.compact
+
+    def greedy(self: DocumentIndex, version: Version, keep_bytes: int) -> Any:
+        forgotten = compact(self, version, keep_bytes)
+        for index in self.writers.values():
+            if len(index.rows):
+                forgotten += index.forget(1)
+                index.first -= 1
+        return forgotten
+
+    DocumentIndex.compact = greedy
+
+
+@mutant
+def no_deduplication() -> None:
+    def take(self: Sync, link: Any, change: Change) -> None:
+        found = self._find_or_make(change.document, change.shared)
+        if found.version.get(change.writer, 0) >= change.seq:
+            self._effects.append(sync.Delivered(found, change, [], ""))
+        else:
+            original(self, link, change)
+
+    original = Sync._take
+    Sync._take = take
+
+
+@mutant
+def fingerprint_ignored() -> None:
+    def beat(self: Sync, link: Any, frame: Any) -> None:
+        link.is_greeted = True
+
+    Sync._on_heartbeat = beat
+
+
+@mutant
+def pending_unbounded() -> None:
+    def park(self: Sync, found: Document, change: Change) -> None:
+        key = (change.document, change.writer, change.seq)
+        self._pending[key] = change
+        self._pending_bytes += len(change.data)
+        self._wait(found, change)
+
+    Sync._park = park
+
+
+@mutant
+def pending_forgotten_after_a_snapshot() -> None:
+    Sync._retry_pending = lambda self, link, found: self._pending.clear()
+
+
+@mutant
+def want_below_the_floor_unanswered() -> None:
+    Sync._serve_asked = lambda self, name: None
+
+
+@mutant
+def slow_peers_never_told_again() -> None:
+    def writable(self: Sync, peer: int, now: float) -> None:
+        self._now = now
+
+    Sync.writable = writable
+
+
+@mutant
+def forwards_nothing() -> None:
+    may_lack = Sync._may_lack
+
+    def own_only(self: Sync, link: Any, change: Change, source: Any) -> bool:
+        return source is None and may_lack(self, link, change, source)
+
+    def asks_nobody(self: Sync) -> None:
+        self._missing.clear()
+
+    Sync._may_lack = own_only
+    Sync._ask = asks_nobody
+
+
+def kills(seeds: int) -> Iterator[tuple[int, str, str]]:
+    """The seeds that fail, with the invariant and what it said."""
+    for seed in range(seeds):
+        outcome = run_seed(seed)
+        if outcome.failure is not None:
+            yield seed, outcome.failure.invariant, outcome.failure.detail
+
+
+if __name__ == "__main__":
+    MUTANTS[sys.argv[1]]()
+    print(json.dumps(next(kills(int(sys.argv[2])), None)))
