@@ -19,10 +19,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from benchmarks.children import Child, told
 from benchmarks.measure import Effort, Result, cpu
-from crdtstate import Cut, Replica, Version, wire
+from crdtstate import Cut, Map, Replica, Version, wire
 from crdtstate.config import Config
 from crdtstate.documents import DocumentSet
 from crdtstate.sync import Persist, Send, Sync
@@ -37,21 +39,22 @@ CONVERGE_TIMEOUT = 120.0
 def fleet(effort: Effort) -> list[Result]:
     """Changes per second of a fleet, and what each costs."""
     results: list[Result] = []
-    for shared, whose in ((False, "own keys"), (True, "the same keys")):
-        ours = _real(effort, shared)
-        floor = _simulated(effort, shared)
-        note = f"{ours.changes:,} changes; all equal {ours.lag:.1f} s after the last write"
-        agents = f"{effort.agents} agents"
-        results += [
-            Result(f"{agents}, {whose}: changes", "/s", ours.rate, floor.rate, note=note),
-            Result(
-                f"{agents}, {whose}: CPU of a change",
-                "us",
-                ours.cpu_each,
-                floor.cpu_each,
-                note="sync cores in one process, no sockets or journals",
-            ),
-        ]
+    agents = f"{effort.agents} agents"
+    with _Processes(effort.agents) as processes:
+        for shared, whose in ((False, "own keys"), (True, "the same keys")):
+            ours = processes.run(effort.seconds, shared)
+            floor = _simulated(effort, shared)
+            note = f"{ours.changes:,} changes; all equal {ours.lag:.1f} s after the last write"
+            results += [
+                Result(f"{agents}, {whose}: changes", "/s", ours.rate, floor.rate, note=note),
+                Result(
+                    f"{agents}, {whose}: CPU of a change",
+                    "us",
+                    ours.cpu_each,
+                    floor.cpu_each,
+                    note="sync cores in one process, no sockets or journals",
+                ),
+            ]
     return results
 
 
@@ -87,43 +90,97 @@ def _keys(agent: int, shared: bool) -> list[str]:
 # In processes
 
 
-def _real(effort: Effort, shared: bool) -> _Run:
-    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
-        relay = stack.enter_context(Child(_relay, directory))
-        address = relay.receive()
-        agents = [
-            stack.enter_context(
-                Child(_agent, directory, number, address, _keys(number, shared), effort.seconds)
-            )
-            for number in range(effort.agents)
-        ]
-        everybody = [relay, *agents]
-        for agent in agents:
-            assert agent.receive() == "ready"
-        for each in everybody:
-            each.send("go")
+class _Processes:
+    """A relay and agents, each a process with a journal."""
+
+    def __init__(self, agents: int) -> None:
+        self._agents = agents
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            directory = stack.enter_context(tempfile.TemporaryDirectory())
+            self.relay = stack.enter_context(Child(_relay, directory))
+            address = self.relay.receive()
+            self.agents = [
+                stack.enter_context(Child(_agent, directory, number, address))
+                for number in range(self._agents)
+            ]
+            for agent in self.agents:
+                assert agent.receive() == "ready"
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            for each in (self.relay, *self.agents):
+                each.send(None)
+        self._stack.__exit__(kind, exc, traceback)
+
+    def run(self, seconds: float, shared: bool) -> _Run:
+        """Let all agents write for so many *seconds*, and wait until they are equal."""
+        everybody = [self.relay, *self.agents]
+        self.relay.send(_Order([], 0))
+        for number, agent in enumerate(self.agents):
+            agent.send(_Order(_keys(number, shared), seconds))
         started = time.monotonic()
-        written = [agent.receive() for agent in agents]
-        all_of_it = _merged([token for token, _ in written])
+        wrote: list[_Wrote] = [each.receive() for each in everybody]
+        target = _merged([each.token for each in wrote])
         for each in everybody:
-            each.send(str(all_of_it))
-        ends = [each.receive() for each in everybody]
-        for each in everybody:
-            each.send("done")
-    contents = [content for _, _, content in ends]
-    assert all(content == contents[0] for content in contents), "they say equal and are not"
-    ended = max(at for at, _, _ in ends)
-    changes = sum(version.total for version in all_of_it.values())
-    lag = ended - max(at for _, at in written)
-    return _Run(changes, ended - started, lag, sum(spent for _, spent, _ in ends))
+            each.send(target)
+        ends: list[_End] = [each.receive() for each in everybody]
+        assert all(end.content == ends[0].content for end in ends), "equal versions, unequal maps"
+        before = _merged([each.token_before for each in wrote])
+        ended = max(end.at for end in ends)
+        return _Run(
+            _total(target) - _total(before),
+            ended - started,
+            ended - max(each.at for each in wrote),
+            sum(end.cpu for end in ends),
+        )
 
 
-def _merged(tokens: Sequence[str]) -> Cut:
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """Write these keys for so long."""
+
+    keys: list[str]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Wrote:
+    """What was there before and after, as tokens, and when the last write was."""
+
+    token_before: str
+    token: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """When everything was there, the CPU seconds it took, and what it is."""
+
+    at: float
+    cpu: float
+    content: dict[str, int]
+
+
+def _merged(tokens: Sequence[str]) -> str:
     versions: dict[str, Version] = {}
     for token in tokens:
         for name, version in Cut.parse(token).items():
             versions.setdefault(name, Version()).merge(version)
-    return Cut(versions)
+    return str(Cut(versions))
+
+
+def _total(token: str) -> int:
+    return sum(version.total for version in Cut.parse(token).values())
 
 
 def _relay(pipe: Pipe, directory: str) -> None:
@@ -131,48 +188,42 @@ def _relay(pipe: Pipe, directory: str) -> None:
         path = Path(directory) / "relay.db"
         async with Replica("relay", store=path, listen=LOCAL, role="relay") as replica:
             pipe.send(replica.address)
-            await told(pipe)
-            before = time.process_time()
-            await _converge(pipe, replica, before)
+            await _obey(pipe, replica)
 
     asyncio.run(run())
 
 
-def _agent(
-    pipe: Pipe, directory: str, number: int, relay: str, keys: list[str], seconds: float
-) -> None:
+def _agent(pipe: Pipe, directory: str, number: int, relay: str) -> None:
     async def run() -> None:
         path = Path(directory) / f"agent-{number}.db"
         async with Replica(f"agent-{number}", store=path, peers=[relay]) as replica:
             await replica.synced(timeout=CONVERGE_TIMEOUT)
             pipe.send("ready")
-            await told(pipe)
-            before = time.process_time()
-            await _write(replica, keys, seconds)
-            pipe.send((str(replica.version()), time.monotonic()))
-            await _converge(pipe, replica, before)
+            await _obey(pipe, replica)
 
     asyncio.run(run())
 
 
-async def _write(replica: Replica, keys: list[str], seconds: float) -> None:
-    """Write in every turn of the loop, which also takes in what the others write."""
+async def _obey(pipe: Pipe, replica: Replica) -> None:
+    """Follow orders until there are no more."""
     plan = replica.map("plan")
-    until = time.monotonic() + seconds
+    while (order := await told(pipe)) is not None:
+        token, cpu_before = str(replica.version()), time.process_time()
+        await _write(plan, order)
+        pipe.send(_Wrote(token, str(replica.version()), time.monotonic()))
+        await replica.wait_for(Cut.parse(await told(pipe)), timeout=CONVERGE_TIMEOUT)
+        at, spent = time.monotonic(), time.process_time() - cpu_before
+        pipe.send(_End(at, spent, dict(plan)))
+
+
+async def _write(plan: Map, order: _Order) -> None:
+    """Write in every turn of the loop, which also takes in what the others write."""
+    until = time.monotonic() + order.seconds
     count = 0
     while time.monotonic() < until:
-        plan[keys[count % len(keys)]] = count
+        plan[order.keys[count % len(order.keys)]] = count
         count += 1
         await asyncio.sleep(0)
-
-
-async def _converge(pipe: Pipe, replica: Replica, before: float) -> None:
-    """Wait until everything is here; tell when that was, the CPU time, and what it is."""
-    everything = Cut.parse(await told(pipe))
-    await replica.wait_for(everything, timeout=CONVERGE_TIMEOUT)
-    ended, spent = time.monotonic(), time.process_time() - before
-    pipe.send((ended, spent, dict(replica.map("plan"))))
-    await told(pipe)
 
 
 # In one process, without sockets

@@ -104,7 +104,7 @@ def growth(effort: Effort, cases: tuple[Case, ...] = CASES) -> list[Result]:
 
 def _results(case: Case, rounds: int) -> Iterator[Result]:
     worst, live, ours = _watch(case, case.interval)
-    _, _, again = _watch(case, case.writes)
+    _, _, again = _watch(case, case.writes) if rounds > 1 else (worst, live, ours)
     with Child(_write_naively, case) as child:
         naive: _Final = child.receive()
     size = len(ours.state)

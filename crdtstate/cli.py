@@ -710,6 +710,6 @@ def demo(
 
     Example: [cyan]crdtstate demo --agents 10[/cyan]
     """
-    from crdtstate.demo import run
+    from crdtstate.demo.command import run
 
     raise typer.Exit(_run(run(agents, path, seed=seed, keep=keep, as_json=as_json)))

@@ -234,11 +234,12 @@ class Known:
             if parent not in self._types and not holder.is_deleted:
                 raise InvalidUpdate("an item in something that is not a type")
             return Place(holder.root, holder.depth + 1, parent, struct.keyed, is_deleted)
-        beside = [self._at(item) for item in (struct.left, struct.right) if item]
-        place, other = beside[0], beside[-1]
-        if place is None or other is None:
-            # Beside something collected, yrs collects it too; it doesn't matter where.
+        beside = [
+            place for item in (struct.left, struct.right) if item and (place := self._at(item))
+        ]
+        if not beside:
             return None
+        place, other = beside[0], beside[-1]
         # Merging updates, yrs forgets to say of an item that follows another that it is keyed.
         if place[:4] != other[:4] or struct.keyed > place.keyed:
             raise InvalidUpdate("an item beside items of another place")

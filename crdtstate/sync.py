@@ -53,6 +53,9 @@ from crdtstate.events import (
 )
 
 CHANGES_FRAME_BYTES = 256 * 1024
+CHECKSUM_BYTES = 17
+"""The head of a change's bytes that tells it from all others."""
+
 MISMATCHES_MAX = 3
 SNAPSHOTS_CACHED = 4
 SNAPSHOT_AGE_MAX = 30.0
@@ -244,7 +247,8 @@ class Sync:
         self._downloads: dict[str, _Download] = {}
         self._snapshots: OrderedDict[str, tuple[bytes, bytes, Version, float]] = OrderedDict()
         # Changes that the engine failed on; never tried again.
-        self._quarantine: OrderedDict[tuple[str, int, int], None] = OrderedDict()
+        # By checksum, not by dot: else one forged change would keep the true one out for ever.
+        self._quarantine: OrderedDict[bytes, None] = OrderedDict()
         # Documents to rebuild, and why.
         self._broken: dict[str, str] = {}
         self._fingerprint = 0
@@ -536,15 +540,16 @@ class Sync:
     # Changes
 
     def _on_changes(self, link: _Link, frame: wire.Changes) -> None:
-        asked: set[tuple[str, int]] = set()
+        asked: dict[tuple[str, int], int] = {}
         for data in frame.changes:
             change = decode_change(data)
-            self._take(link, change)
             if frame.answer:
-                asked.add((change.document, change.writer))
-        for key in asked:
-            wanted = self._missing.get(key)
-            if wanted is not None:
+                before = self._version(change.document).get(change.writer, 0)
+                asked.setdefault((change.document, change.writer), before)
+            self._take(link, change)
+        for (name, writer), before in asked.items():
+            wanted = self._missing.get((name, writer))
+            if wanted is not None and self._version(name).get(writer, 0) > before:
                 wanted.tries = 0
                 wanted.due = self._now + self.config.want_retry
         if frame.answer and frame.more:
@@ -563,7 +568,7 @@ class Sync:
         if writer == self.hello.writer:
             self._reidentify(f"{link.agent} has change {seq} of this writer in {name!r}")
             return
-        if key in self._quarantine:
+        if self._quarantine and change.data[:CHECKSUM_BYTES] in self._quarantine:
             return
         document = self._find_or_make(name, change.shared)
         if document.is_broken:
@@ -632,10 +637,12 @@ class Sync:
         try:
             paths = document.apply(change)
         except InvalidUpdate as exc:
+            self._set_aside(change)
             self._strike(link, f"{change!r}: {exc}")
             return False
         except EngineFailure as exc:
-            self._set_aside(document, change, str(exc))
+            self._set_aside(change)
+            self._rebuild(document.name, str(exc))
             return False
         if not self.documents.observe(change.stamp):
             ahead = (change.stamp >> 16) / 1000 - self.documents.wall_ms() / 1000
@@ -646,11 +653,11 @@ class Sync:
         self._note_tidying(document)
         return True
 
-    def _set_aside(self, document: Document, change: Change, reason: str) -> None:
-        self._quarantine[change.document, change.writer, change.seq] = None
+    def _set_aside(self, change: Change) -> None:
+        """Remember a change that cannot be taken in, so as not to try it again and again."""
+        self._quarantine[change.data[:CHECKSUM_BYTES]] = None
         if len(self._quarantine) > QUARANTINE_MAX:
             self._quarantine.popitem(last=False)
-        self._rebuild(document.name, reason)
 
     def _rebuild(self, name: str, reason: str) -> None:
         self._broken[name] = reason
@@ -732,9 +739,12 @@ class Sync:
         """Ask for what is missing and due, each of it at one peer that has it."""
         now = self._now
         asks: dict[tuple[int, str], list[tuple[int, int, int]]] = {}
+        parked: dict[tuple[str, int], list[int]] = {}
+        for name, writer, seq in self._pending:
+            parked.setdefault((name, writer), []).append(seq)
         for (name, writer), wanted in list(self._missing.items()):
             have = self._version(name).get(writer, 0)
-            if have >= wanted.target or (name, writer, have + 1) in self._quarantine:
+            if have >= wanted.target:
                 del self._missing[name, writer]
                 continue
             if wanted.due > now:
@@ -754,29 +764,14 @@ class Sync:
             start = wanted.tries if wanted.tries else self._rng.randrange(len(peers))
             peer = peers[start % len(peers)]
             last = min(wanted.target, self._links[peer].acked[name].get(writer, 0))
-            asks.setdefault((peer, name), []).extend(self._gaps(name, writer, have + 1, last))
+            gaps = _gaps(writer, have + 1, last, sorted(parked.get((name, writer), ())))
+            asks.setdefault((peer, name), []).extend(gaps)
             wanted.tries += 1
             pause = self.config.want_retry * 1.5 ** min(wanted.tries - 1, 10)
             wanted.due = now + min(pause, self.config.want_retry_max)
         for (peer, name), ranges in asks.items():
             for at in range(0, len(ranges), wire.RANGES_MAX):
                 self._send(peer, wire.Want(name, tuple(ranges[at : at + wire.RANGES_MAX])))
-
-    def _gaps(self, name: str, writer: int, first: int, last: int) -> list[tuple[int, int, int]]:
-        """The parts of *first* to *last* that are not pending here."""
-        pending = (
-            sorted(seq for doc, who, seq in self._pending if doc == name and who == writer)
-            if self._pending
-            else []
-        )
-        gaps = []
-        for seq in pending:
-            if first < seq <= last:
-                gaps.append((writer, first, seq - 1))
-            first = max(first, seq + 1)
-        if first <= last:
-            gaps.append((writer, first, last))
-        return gaps
 
     def _on_want(self, link: _Link, frame: wire.Want) -> None:
         if link.is_congested:
@@ -1128,6 +1123,18 @@ class Sync:
             due = min((w.due for w in self._missing.values()), default=None)
         if due is not None and (self._want_at is None or due < self._want_at):
             self._want_at = due
+
+
+def _gaps(writer: int, first: int, last: int, known: list[int]) -> list[tuple[int, int, int]]:
+    """The parts of *first* to *last* that are not in *known*, which is sorted."""
+    gaps = []
+    for seq in known:
+        if first < seq <= last:
+            gaps.append((writer, first, seq - 1))
+        first = max(first, seq + 1)
+    if first <= last:
+        gaps.append((writer, first, last))
+    return gaps
 
 
 def _bye_code(number: int) -> wire.ByeCode:

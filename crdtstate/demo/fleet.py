@@ -11,9 +11,8 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-import time
-from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections.abc import Callable
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,16 @@ from typing import Any
 from crdtstate.clock import Cut, Version
 from crdtstate.demo.proxy import Proxy
 from crdtstate.demo.survey import DOCUMENT
-from crdtstate.errors import CRDTStateError, WaitTimeout
+from crdtstate.errors import CRDTStateError
 
-PATIENCE = 120.0
+PATIENCE = 15.0
 """Seconds in which whatever is waited for must happen, on however busy a machine."""
 
-FAREWELL = 5.0
+FAREWELL = 20.0
 """Seconds in which processes must end when they are told to."""
+
+POLL_EVERY = 0.25
+"""Seconds between looks at the relay."""
 
 LINE_BYTES_MAX = 64 * 2**20
 
@@ -36,26 +38,29 @@ class DemoFailure(CRDTStateError):
     """The demo did not go as it must; its message says what was different."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Member:
     """A process, and what it said last."""
 
     name: str
     log: Path
     process: Process | None = None
-    state: str = "starting"
+    # What is wrong with it: "cut off", "killed", ...
+    trouble: str = ""
+    is_stopping: bool = False
     # Files of its share: done, and in all.
     done: int = 0
     of: int = 0
     peers: int = 0
     version: Version = field(default_factory=Version)
-    # Answers that are being waited for.
-    answers: dict[str, Any] = field(default_factory=dict)
-    reader: asyncio.Task[None] | None = None
+    # What else it said, by the names of the lines.
+    said: dict[str, Any] = field(default_factory=dict)
+    listener: asyncio.Task[None] | None = None
 
     @property
     def is_done(self) -> bool:
-        return 0 < self.of == self.done or self.state == "done"
+        """Whether it has done its share."""
+        return "ready" in self.said and self.done == self.of
 
 
 class Fleet:
@@ -78,11 +83,23 @@ class Fleet:
             Member(f"agent-{n + 1:0{width}}", folder / f"agent-{n + 1:0{width}}.log")
             for n in range(agents)
         ]
+        # Where the relay listens.
         self.url = ""
+        # By the names of the agents whose network can be cut.
         self.proxies: dict[str, Proxy] = {}
-        self._port = 0
+        self._poller: asyncio.Task[None] | None = None
+        # Somebody said something.
         self._moved = asyncio.Event()
         self._failure: str | None = None
+
+    @property
+    def members(self) -> list[Member]:
+        """Everybody."""
+        return [*self.agents, self.relay]
+
+    @property
+    def relay_port(self) -> int:
+        return int(self.url.rpartition(":")[2])
 
     @property
     def done(self) -> int:
@@ -94,11 +111,12 @@ class Fleet:
         """Files there are."""
         return sum(agent.of for agent in self.agents)
 
-    def newest(self) -> Version:
-        """All changes that anybody has."""
+    def newest(self, *, without: Collection[Member] = ()) -> Version:
+        """All changes that anybody is known to have, or anybody but some."""
         newest = Version()
         for member in (self.relay, *self.agents):
-            newest.merge(member.version)
+            if member not in without:
+                newest.merge(member.version)
         return newest
 
     def lag(self, member: Member) -> int:
@@ -113,32 +131,30 @@ class Fleet:
     # Starting and ending
 
     async def start_relay(self) -> None:
+        """Start the relay, and look at it from then on."""
         arguments = ["-m", "crdtstate", "relay", "--listen", "ws://127.0.0.1:0", "--json"]
         arguments += ["--store", str(self.store(self.relay)), "--attached"]
         await self._spawn(self.relay, arguments)
-        await self.until(lambda: "address" in self.relay.answers, "the relay to listen")
-        self.url = self.relay.answers["address"]
-        self._port = int(self.url.rpartition(":")[2])
-        self.relay.state = "up"
+        await self.until(lambda: "address" in self.relay.said, "the relay to listen")
+        self.url = self.relay.said["address"]
+        self._poller = asyncio.create_task(self._poll_relay())
 
     async def start_agent(self, agent: Member, *, until: Version | None = None) -> None:
-        """Start an agent, anew if it was killed; then it first takes in *until*."""
-        url = self.url
-        if agent.name in self.proxies:
-            url = f"ws://127.0.0.1:{self.proxies[agent.name].port}"
-        arguments = ["-m", "crdtstate.demo.agent", "--name", agent.name, "--peer", url]
+        """Start an agent, or start it again, when it has to take in *until* first."""
+        port = self.proxies[agent.name].port if agent.name in self.proxies else self.relay_port
+        arguments = ["-m", "crdtstate.demo.agent", "--name", agent.name]
+        arguments += ["--peer", f"ws://127.0.0.1:{port}", "--run", self.run]
         arguments += ["--index", str(self.agents.index(agent)), "--of", str(len(self.agents))]
         arguments += ["--path", str(self.root), "--store", str(self.store(agent))]
-        arguments += ["--run", self.run]
         if until is not None:
             arguments += ["--until", str(Cut({DOCUMENT: until}))]
-        agent.answers.clear()
+        agent.said.clear()
         await self._spawn(agent, arguments)
 
     async def add_proxy(self, agent: Member) -> None:
-        """Lead the agent's connection through a network that can be cut."""
-        proxy = self.proxies[agent.name] = Proxy(self._port)
-        await proxy.mend()
+        """Lead the connection of an agent that is started later through a `Proxy`."""
+        self.proxies[agent.name] = Proxy(self.relay_port)
+        await self.proxies[agent.name].mend()
 
     async def _spawn(self, member: Member, arguments: list[str]) -> None:
         with member.log.open("ab") as log:
@@ -151,48 +167,58 @@ class Fleet:
                 limit=LINE_BYTES_MAX,
                 start_new_session=True,
             )
-        member.reader = asyncio.create_task(self._listen(member, member.process))
+        member.is_stopping = False
+        member.listener = asyncio.create_task(self._listen(member, member.process))
 
     async def kill(self, agent: Member) -> None:
-        """SIGKILL: no goodbye, nothing saved that was not saved."""
+        """SIGKILL: no goodbye, and nothing saved that is not saved yet."""
+        agent.is_stopping = True
         assert agent.process is not None
-        agent.state = "killed"
         agent.process.kill()
-        await agent.process.wait()
-        assert agent.reader is not None
-        await agent.reader
+        await self._ended(agent)
         agent.peers = 0
 
     async def stop(self) -> None:
         """End all processes in order: the agents, then the relay."""
-        for member in (*self.agents, self.relay):
-            member.state = "stopped"
-            assert member.process is not None and member.process.stdin is not None
-            member.process.stdin.close()
-            if member is self.relay:
-                await self._end(self.relay)
+        for agent in self.agents:
+            agent.is_stopping = True
+            assert agent.process is not None and agent.process.stdin is not None
+            agent.process.stdin.close()
         for agent in self.agents:
             await self._end(agent)
+        self.relay.is_stopping = True
+        if self._poller is not None:
+            self._poller.cancel()
+        assert self.relay.process is not None
+        self.relay.process.terminate()
+        await self._end(self.relay)
 
     async def _end(self, member: Member) -> None:
-        assert member.process is not None
-        async with asyncio.timeout(FAREWELL):
-            code = await member.process.wait()
+        try:
+            async with asyncio.timeout(FAREWELL):
+                code = await self._ended(member)
+        except TimeoutError:
+            raise DemoFailure(f"{member.name} did not end when it was told to") from None
         if code:
-            raise DemoFailure(
-                f"{member.name} ended with exit code {code}: {_last_line(member.log)}"
-            )
+            raise DemoFailure(f"{member.name} ended with exit code {code}: {last_line(member.log)}")
+
+    async def _ended(self, member: Member) -> int:
+        assert member.process is not None and member.listener is not None
+        await member.listener
+        return await member.process.wait()
 
     async def close(self) -> None:
-        """Kill what still runs. Idempotent."""
-        for member in (self.relay, *self.agents):
-            if member.process is not None and member.process.returncode is None:
+        """Kill whoever still runs. Idempotent."""
+        started = [member for member in (*self.agents, self.relay) if member.process is not None]
+        if self._poller is not None:
+            self._poller.cancel()
+        for member in started:
+            member.is_stopping = True
+            assert member.process is not None
+            if member.process.returncode is None:
                 member.process.kill()
-        for member in (self.relay, *self.agents):
-            if member.process is not None:
-                await member.process.wait()
-            if member.reader is not None:
-                await member.reader
+        for member in started:
+            await self._ended(member)
         for proxy in self.proxies.values():
             proxy.close()
 
@@ -204,14 +230,27 @@ class Fleet:
         agent.process.stdin.write(command.encode() + b"\n")
 
     async def ask(self, agent: Member, command: str) -> Any:
-        """Send a line to an agent, and wait for what it says under that name."""
-        agent.answers.pop(command, None)
+        """Send a line to an agent and wait for what it says under the same name."""
+        agent.said.pop(command, None)
         self.tell(agent, command)
-        await self.until(lambda: command in agent.answers, f"{agent.name} to answer {command}")
-        return agent.answers[command]
+        await self.until(lambda: command in agent.said, f"{agent.name} to tell its {command}")
+        return agent.said[command]
+
+    async def get(self, page: str) -> dict[str, Any]:
+        """Get one of the relay's pages."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.relay_port)
+        try:
+            writer.write(f"GET {page} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        finally:
+            writer.close()
+        if b" 200 " not in head[:20]:
+            raise DemoFailure(f"the relay answers {head[:40]!r} to {page}")
+        found: dict[str, Any] = json.loads(body)
+        return found
 
     async def until(self, ready: Callable[[], bool], what: str, timeout: float = PATIENCE) -> None:
-        """Wait until *ready*, looking whenever somebody said something.
+        """Wait until *ready*, looking whenever somebody says something.
 
         Raises:
             DemoFailure: It took too long, or a process ended.
@@ -222,7 +261,9 @@ class Fleet:
                     self._moved.clear()
                     await self._moved.wait()
         except TimeoutError:
-            raise DemoFailure(f"waited {timeout:g} s for {what}") from None
+            behind = [f"{m.name} lacks {self.lag(m)}" for m in self.members if self.lag(m)]
+            about = f"; of the changes {', '.join(behind)}" if behind else ""
+            raise DemoFailure(f"waited {timeout:g} s for {what}{about}") from None
         if self._failure:
             raise DemoFailure(self._failure)
 
@@ -233,13 +274,35 @@ class Fleet:
             said = json.loads(line)
             for name in ("done", "of", "peers"):
                 setattr(member, name, said.pop(name, getattr(member, name)))
-            if "version" in said:
-                member.version = Cut.parse(said.pop("version")).get(DOCUMENT, Version())
-            member.answers |= said
-            self._note_state(member)
+            self._note_version(member, said)
+            member.said |= said
             self._moved.set()
-        if member.state not in ("killed", "stopped"):
+        if not member.is_stopping:
             code = await process.wait()
-            last = _last_line(member.log)
-            self._failure = f"{member.name} ended with exit code {code}: {last}"
+            self._fail(f"{member.name} ended with exit code {code}: {last_line(member.log)}")
+
+    async def _poll_relay(self) -> None:
+        while True:
+            try:
+                found = await self.get("/status")
+            except (OSError, DemoFailure) as exc:
+                self._fail(f"the relay does not answer: {exc}")
+                return
+            self.relay.peers = len(found["peers"])
+            self._note_version(self.relay, found)
             self._moved.set()
+            await asyncio.sleep(POLL_EVERY)
+
+    def _note_version(self, member: Member, said: dict[str, Any]) -> None:
+        if "version" in said:
+            member.version = Cut.parse(said.pop("version")).get(DOCUMENT, Version())
+
+    def _fail(self, why: str) -> None:
+        self._failure = self._failure or why
+        self._moved.set()
+
+
+def last_line(log: Path) -> str:
+    """What a process said last on standard error, which tells most about its end."""
+    lines = log.read_text(errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "it said nothing")

@@ -64,6 +64,9 @@ PRUNE_PAUSE = 0.001
 WAL_PAGES = 1024
 """Pages in the WAL that call for a checkpoint: 4 MiB, which take 2 ms to recover."""
 
+WAL_PAGES_LATE = 2 * WAL_PAGES
+"""Pages by which the checkpoint may be late before the writer does it, and so slows down."""
+
 WAL_BYTES_MAX = 12 * 2**20
 """The size to which the WAL's file is cut when it starts over."""
 
@@ -145,6 +148,7 @@ class Journal:
         # Of the upkeep. The pages are those in the WAL as of the newest commit.
         self._wal_pages = 0
         self._wal_pages_max = WAL_PAGES
+        self._checkpointing = threading.Lock()
         self._is_wal_unsure = False  # Whether what was synced may not be on the disk.
         self._upkeep_failure: Exception | None = None
 
@@ -326,8 +330,8 @@ class Journal:
         """
         Sync what is committed, checkpoint the WAL if it is long, delete some forgotten rows.
 
-        A thread of its own does this every 100 ms, or sooner: nothing else would make an
-        append wait as long.
+        A thread of its own does this every 100 ms, or sooner when the WAL grows fast: done
+        inline, it would be what an append waits for longest.
         """
         before = self.synced, str(self.failure)
         self._dirty.clear()
@@ -361,15 +365,20 @@ class Journal:
             self._checkpointer.pragma("user_version")
 
     def _connect_writer(self) -> apsw.Connection:
-        db = self._db = connect(self._path, self._host.vfs)
-        if not self._host.has_shared_memory:
-            db.pragma("locking_mode", "EXCLUSIVE")
-            self._reader = self._checkpointer = db
-        migrate(db, Path(self._path))
-        # NORMAL, not OFF: a power cut may then take the newest commits, but never the file.
-        db.pragma("synchronous", "FULL" if self.durability == "power" else "NORMAL")
-        db.pragma("journal_size_limit", WAL_BYTES_MAX)
-        db.set_wal_hook(self._note_wal)
+        db = connect(self._path, self._host.vfs)
+        try:
+            if not self._host.has_shared_memory:
+                db.pragma("locking_mode", "EXCLUSIVE")
+                self._reader = self._checkpointer = db
+            migrate(db, Path(self._path))
+            # NORMAL, not OFF: a power cut may then take the newest commits, but never the file.
+            db.pragma("synchronous", "FULL" if self.durability == "power" else "NORMAL")
+            db.pragma("journal_size_limit", WAL_BYTES_MAX)
+            db.set_wal_hook(self._note_wal)
+        except BaseException:
+            self._close(db)
+            raise
+        self._db = db
         return db
 
     def _disconnect(self) -> None:
@@ -465,6 +474,8 @@ class Journal:
         """Run *statements* in one transaction. The caller holds the lock."""
         if self._is_wal_unsure:
             self._renew_wal()
+        if self._wal_pages > self._wal_pages_max + WAL_PAGES_LATE:
+            self._restart_wal()
         db = self._db or self._connect_writer()
         try:
             db.execute("BEGIN IMMEDIATE")
@@ -510,7 +521,8 @@ class Journal:
         while not self._is_closed:
             self._dirty.wait()
             self.upkeep()
-            self._urgent.wait(PRUNE_PAUSE if self._garbage else self._upkeep_every)
+            is_pruning = self._garbage and not self._upkeep_failure
+            self._urgent.wait(PRUNE_PAUSE if is_pruning else self._upkeep_every)
             self._urgent.clear()
 
     def _sync(self) -> None:
@@ -523,19 +535,23 @@ class Journal:
         self.synced = ticket
 
     def _checkpoint(self) -> None:
-        moved = 0
         if self._host.has_shared_memory:
-            _, moved = self._checkpointer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+            with self._checkpointing:
+                self._checkpointer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+        # The WAL starts over only when all of it is moved, and a busy writer is always some
+        # commits ahead: hold it while the last few are moved.
         with self._lock:
-            try:
-                if self._wal_pages > moved:
-                    # The WAL starts over only when all of it is moved, and a busy writer is
-                    # always some commits ahead: hold it while the last few are moved.
-                    self._checkpointer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_RESTART)
-                self._wal_pages, self._wal_pages_max = 0, WAL_PAGES
-            except apsw.BusyError:
-                # Another program is reading an old state. Try again some pages later.
-                self._wal_pages_max = self._wal_pages + WAL_PAGES
+            self._restart_wal()
+
+    def _restart_wal(self) -> None:
+        """Move what is left in the WAL, so that it starts over. The caller holds the lock."""
+        try:
+            with self._checkpointing:
+                self._checkpointer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_RESTART)
+            self._wal_pages, self._wal_pages_max = 0, WAL_PAGES
+        except apsw.BusyError:
+            # Another program is reading an old state. Try again some pages later.
+            self._wal_pages_max = self._wal_pages + WAL_PAGES
 
     def _prune(self) -> None:
         with self._lock:

@@ -1,0 +1,86 @@
+"""
+The command ``crdtstate demo``: the story on a screen, or as JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from crdtstate.demo.fleet import Fleet
+from crdtstate.demo.screen import Lines, Screen, Silence, Table
+from crdtstate.demo.story import Story
+from crdtstate.errors import UsageError
+
+
+async def run(
+    agents: int, path: Path | None, *, seed: int, keep: Path | None, as_json: bool
+) -> int:
+    """Run the demo and show it; return 0 if all was as it must be, else 1.
+
+    Args:
+        agents: How many, three at least.
+        path: The tree to survey; the standard library if None.
+        seed: Chooses who is cut off and who is killed.
+        keep: Where the stores stay; None removes them.
+        as_json: Print only the report, as JSON.
+
+    Raises:
+        CRDTStateError: It came to no verdict.
+        UsageError: An argument cannot be.
+    """
+    if agents < 3:
+        raise UsageError("the demo needs three agents: two to cut off and one to kill")
+    root = (path or Path(sysconfig.get_paths()["stdlib"])).resolve()
+    if not root.is_dir():
+        raise UsageError(f"{root} is not a directory")
+    _end_on_sigterm()
+    with _folder(keep) as folder:
+        fleet = Fleet(folder, root, agents, run=f"demo-{seed}")
+        screen = _screen(fleet, as_json)
+        story = Story(fleet, seed, screen.say)
+        try:
+            with screen:
+                report = await story.tell()
+        finally:
+            await fleet.close()
+    if as_json:
+        print(json.dumps({"ok": not report.differences, **asdict(report)}))
+    else:
+        screen.conclude(report, keep)
+    return 1 if report.differences else 0
+
+
+def _end_on_sigterm() -> None:
+    """Let SIGTERM clean up as Ctrl-C does."""
+    task = asyncio.current_task()
+    assert task is not None
+    try:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    except (NotImplementedError, RuntimeError):
+        pass
+
+
+@contextmanager
+def _folder(keep: Path | None) -> Iterator[Path]:
+    if keep is None:
+        with tempfile.TemporaryDirectory(prefix="crdtstate-demo-") as folder:
+            yield Path(folder)
+        return
+    keep.mkdir(parents=True, exist_ok=True)
+    if any(keep.glob("*.db")):
+        raise UsageError(f"{keep} holds stores already; name an empty directory")
+    yield keep
+
+
+def _screen(fleet: Fleet, as_json: bool) -> Screen:
+    if as_json:
+        return Silence(fleet)
+    return Table(fleet) if Table.can_show() else Lines(fleet)
