@@ -7,10 +7,11 @@ items are its own and continue its clock; what they refer to is known, stands in
 and such a type holds such items; it deletes known items; it cuts no character in half; nothing
 is empty, endless, nested too deep or of a kind we don't share. `Known` remembers what for.
 
-An honest word: this wall is lower than that of lanes. It keeps out every single update known to
-crash pycrdt, but nobody can tell from outside that yrs survives each well-formed edit of a
-sequence; 6 of 100 hostile histories that passed such a wall made it hang. Shared documents are
-for members you trust; what browsers send goes through a process of its own with a time limit.
+An honest word: this wall is lower than that of lanes. Of 220,000 hostile histories made from the
+grammar none crashed or hung pycrdt behind it (with a laxer one 6 in 100 did), but nobody can tell
+from outside that yrs survives each well-formed edit of a sequence, and some (1 to 3 in 100) read
+differently after a reload. Shared documents are for members you trust; what browsers send goes
+through a process of its own with a time limit.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 from crdtstate.clock import WRITER_MAX
 from crdtstate.errors import InvalidUpdate
 from crdtstate.guard import (
+    CHANGE_RANGES_MAX,
     CLOCK_MAX,
     KEY_BYTES_MAX,
     STATE_BYTES_MAX,
@@ -32,8 +34,7 @@ from crdtstate.guard import (
 )
 
 CHANGE_BYTES_MAX = 2 << 20
-CHANGE_COUNT_MAX = 100_000
-"""Items, deleted ranges and their writers in a change: a whole text can go in one stroke."""
+CHANGE_ITEMS_MAX = 100_000
 
 DEPTH_MAX = 32
 """How deep types nest in types, and plain values in each other; yrs recurses on both."""
@@ -209,7 +210,7 @@ class Known:
     def _add(self, client: int, struct: Struct) -> None:
         clock, left, right = struct.clock, struct.left, struct.right
         if right in self._halves or left and (left == right or _after(left) in self._halves):
-            raise InvalidUpdate("an item within a character, or between one item")
+            raise InvalidUpdate("an item within a character, or between an item and itself")
         place = self._place(struct) if struct.kind != GC else None
         if place is not None:
             self._check(place, struct, (client, clock))
@@ -282,7 +283,7 @@ def check_change(update: bytes, writer: int, known: Known) -> set[str]:
     """
     if len(update) > CHANGE_BYTES_MAX:
         raise InvalidUpdate(f"a change of {len(update)} bytes; at most {CHANGE_BYTES_MAX}")
-    sections, touched = _Reader(update).update(1, CHANGE_COUNT_MAX)
+    sections, touched = _Reader(update).update(1, CHANGE_ITEMS_MAX, CHANGE_RANGES_MAX)
     clock = known.clocks.get(writer, 0)
     if not sections and not touched:
         raise InvalidUpdate("a change that changes nothing")
@@ -306,7 +307,7 @@ def check_state(update: bytes) -> Known:
     """
     if len(update) > STATE_BYTES_MAX:
         raise InvalidUpdate(f"a state of {len(update)} bytes; at most {STATE_BYTES_MAX}")
-    sections, deletes = _Reader(update).update(CLOCK_MAX, CLOCK_MAX)
+    sections, deletes = _Reader(update).update(CLOCK_MAX, CLOCK_MAX, CLOCK_MAX)
     if any(structs[0].clock for structs in sections.values()):
         raise InvalidUpdate("a client's items do not start at clock 0")
     known = Known()
@@ -325,11 +326,13 @@ class _Reader:
         self.data = data
         self.at = 0
 
-    def update(self, clients_max: int, count_max: int) -> tuple[dict[int, list[Struct]], Ranges]:
+    def update(
+        self, clients_max: int, items_max: int, ranges_max: int
+    ) -> tuple[dict[int, list[Struct]], Ranges]:
         try:
             clients = self.number(clients_max)
-            sections = dict(self.section(count_max) for _ in range(clients))
-            deletes = _parse_deletes(self.data, self.at, count_max, count_max)
+            sections = dict(self.section(items_max) for _ in range(clients))
+            deletes = _parse_deletes(self.data, self.at, ranges_max, ranges_max)
         except IndexError:
             raise InvalidUpdate("the update is cut off") from None
         except UnicodeDecodeError:
@@ -338,8 +341,8 @@ class _Reader:
             raise InvalidUpdate("a client comes twice")  # 26 bytes of this crash yrs.
         return sections, deletes
 
-    def section(self, count_max: int) -> tuple[int, list[Struct]]:
-        count, client, clock = self.number(count_max), self.number(WRITER_MAX), self.number()
+    def section(self, items_max: int) -> tuple[int, list[Struct]]:
+        count, client, clock = self.number(items_max), self.number(WRITER_MAX), self.number()
         structs: list[Struct] = []
         for _ in range(count):
             structs.append(self.struct(clock))

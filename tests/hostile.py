@@ -524,7 +524,9 @@ def main(door_name: str, seed: int, count: int) -> None:
 # The parent
 
 
-def run_children(door_name: str, seeds: list[int], count: int, seconds: float) -> Counter[str]:
+def run_children(
+    door_name: str, seeds: list[int], count: int, seconds: float, program: str = __file__
+) -> Counter[str]:
     """Run a child for each seed, side by side. Return the fates of all updates.
 
     Raises:
@@ -534,7 +536,7 @@ def run_children(door_name: str, seeds: list[int], count: int, seconds: float) -
     children = []
     for seed in seeds:
         log = tempfile.TemporaryFile()
-        command = [sys.executable, __file__, door_name, str(seed), str(count)]
+        command = [sys.executable, program, door_name, str(seed), str(count)]
         child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         children.append((command, child, log))
     fates: Counter[str] = Counter()

@@ -65,7 +65,13 @@ def covered_slots_never_dropped() -> None:
 @mutant
 def cleaning_forgets_a_slot() -> None:
     live_paths = lanes.Lane.live_paths
-    lanes.Lane.live_paths = lambda self, segment: live_paths(self, segment)[1:]
+
+    def forgetful(self: lanes.Lane, segment: lanes.Segment) -> list[str]:
+        first, *others = live_paths(self, segment) or [""]
+        self.leave(first)
+        return others
+
+    lanes.Lane.live_paths = forgetful
 
 
 @mutant

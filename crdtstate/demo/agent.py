@@ -24,7 +24,7 @@ from typing import Any
 from crdtstate.clock import Cut
 from crdtstate.config import Config
 from crdtstate.demo.survey import DOCUMENT, FILES, names, owner, record, summarise
-from crdtstate.events import Changed, Event
+from crdtstate.events import Changed
 from crdtstate.relay import digests
 from crdtstate.replica import Replica
 
@@ -58,9 +58,9 @@ class Agent:
         self._done = sum(name in self._files for name in share)
         # Of changes of others: the agent, when it was written, and how long it took to come here.
         self._delays: list[tuple[str, int, float]] = []
-        self._is_dirty = True
+        # What was last reported.
+        self._told: tuple[int, int, str] | None = None
         replica.on(Changed, self._note_delay)
-        replica.on(Event, self._note_event)
 
     async def survey(self) -> None:
         """Do what is left of the share."""
@@ -74,23 +74,19 @@ class Agent:
             self.report()
 
     def report(self, **more: Any) -> None:
-        """Tell the demo how far it is."""
-        self._is_dirty = False
-        peers = len(self.replica.peers())
-        version = str(self.replica.version())
-        tell(done=self._done, of=len(self.share), peers=peers, version=version, **more)
+        """Tell the demo how far it is, if that is news or there is *more* to say."""
+        peers, version = len(self.replica.peers()), str(self.replica.version())
+        if (self._done, peers, version) != self._told or more:
+            self._told = (self._done, peers, version)
+            tell(done=self._done, of=len(self.share), peers=peers, version=version, **more)
 
     def report_for_ever(self) -> None:
-        """Report now and then when something has happened."""
-        if self._is_dirty:
-            self.report()
+        """Report now and then, also what others do."""
+        self.report()
         asyncio.get_running_loop().call_later(REPORT_EVERY, self.report_for_ever)
 
     def tell_delays(self) -> None:
         tell(delays=self._delays)
-
-    def _note_event(self, event: Event) -> None:
-        self._is_dirty = True
 
     def _note_delay(self, event: Changed) -> None:
         if event.name != FILES or event.local or not event.agent:

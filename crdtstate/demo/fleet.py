@@ -22,7 +22,7 @@ from crdtstate.demo.proxy import Proxy
 from crdtstate.demo.survey import DOCUMENT
 from crdtstate.errors import CRDTStateError
 
-PATIENCE = 15.0
+PATIENCE = 120.0
 """Seconds in which whatever is waited for must happen, on however busy a machine."""
 
 FAREWELL = 20.0

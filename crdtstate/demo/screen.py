@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -35,6 +36,8 @@ COLOURS = {
     "recovered": "green",
     "done": "green",
     "up": "green",
+    "ok": "bold green",
+    "WRONG": "bold red",
 }
 
 
@@ -64,8 +67,9 @@ class Screen:
 
     def conclude(self, report: Report, keep: Path | None) -> None:
         """Show the verdict."""
-        for line in verdict(report, keep):
-            print(line)
+        print()
+        for label, text in verdict(report, keep):
+            print(f"{label:>9}  {text}")
 
     def _show_again(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(self.every, self._show_again)
@@ -110,6 +114,14 @@ class Table(Screen):
         super().__exit__()
         self.show()
         self._live.stop()
+
+    def conclude(self, report: Report, keep: Path | None) -> None:
+        grid = Grid(box=None, pad_edge=False, show_header=False)
+        grid.add_column(justify="right")
+        grid.add_column()
+        for label, text in verdict(report, keep):
+            grid.add_row(Text(label, COLOURS.get(label, "dim")), Text(text))
+        self._console.print(Group("", grid))
 
     def say(self, text: str) -> None:
         self._live.console.print(Text(f"{time.monotonic() - self.began:5.1f} s  {text}", "dim"))
@@ -162,10 +174,45 @@ def state_of(fleet: Fleet, member: Member) -> str:
     return "done" if member.is_done else "working"
 
 
-def verdict(report: Report, keep: Path | None) -> list[str]:
-    """The report in a dozen lines."""
-    said = [
-        f"Surveyed {report.files:,} files, {report.lines:,} lines, {report.functions:,} functions, "
-        f"{report.classes:,} classes,",
-    ]
-    return said
+def verdict(report: Report, keep: Path | None) -> Iterator[tuple[str, str]]:
+    """The report as lines: a label and what is to say."""
+    yield (
+        "surveyed",
+        f"{report.files:,} files, {report.lines:,} lines, {report.functions:,} functions, "
+        f"{report.classes:,} classes, {report.modules} imported modules, "
+        f"{report.unparsable} files that do not parse",
+    )
+    yield (
+        "work",
+        f"{report.agents} agents in {report.survey_s:.1f} s: {report.changes:,} changes, "
+        f"{report.changes_per_s:.0f} a second, each to {report.replicas} replicas",
+    )
+    yield (
+        "cut off",
+        f"{' and '.join(report.cut)} for {report.cut_s:.1f} s, in which they did "
+        f"{report.files_while_cut} files; had everything {report.mend_s:.2f} s after the mending",
+    )
+    yield (
+        "killed",
+        f"{report.killed} after {report.files_when_killed} files, {report.files_in_store} of them in "
+        f"its store; equal with the others {report.recovery_s:.2f} s after its restart",
+    )
+    if report.propagation_ms:
+        yield (
+            "latency",
+            f"p50 {report.propagation_ms['p50']:g} ms, p99 {report.propagation_ms['p99']:g} ms from "
+            f"the stamp of a change to its arrival at another agent, of "
+            f"{report.propagation_samples:,} arrivals while all agents kept the processors busy",
+        )
+    for difference in report.differences:
+        yield "WRONG", difference
+    if not report.differences:
+        yield (
+            "ok",
+            f"{report.replicas} replicas and a newcomer have equal content (digest {report.digest})",
+        )
+        yield "ok", "it is exactly what one process finds alone"
+        yield "ok", f"{report.stores_verified} stores are sound"
+    if keep is not None:
+        yield "kept", f"{keep}; try: crdtstate get survey/counter/lines --store {keep}/relay.db"
+    yield "time", f"{report.elapsed_s:.1f} s"

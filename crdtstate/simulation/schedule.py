@@ -16,6 +16,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 
+AT_ONCE_MAX = 50_000
+"""Things that happen at one moment; more means that something does so for ever."""
+
+
 class Process(Protocol):
     """Something that runs, stalls and dies."""
 
@@ -50,6 +54,7 @@ class Schedule:
     def run_until(self, until: float) -> None:
         """Let everything happen that is due up to *until*."""
         heap = self._heap
+        since, at_once = self.now, 0
         while heap and heap[0][0] <= until:
             at, _, process, function, args = heapq.heappop(heap)
             if process is not None:
@@ -58,6 +63,10 @@ class Schedule:
                 if process.busy_until > at:
                     self.call_at(process.busy_until, process, function, *args)
                     continue
+            if at > since:
+                since, at_once = at, 0
+            at_once += 1
+            assert at_once < AT_ONCE_MAX, f"time stands still at {at:.3f} s: something goes round"
             self.now = at
             self.happened += 1
             function(*args)

@@ -208,7 +208,7 @@ class SimulatedReplica(DocumentSet):
         if self._is_pumping or not self.is_alive:
             return
         self._is_pumping = True
-        if not self._tickets and self._transaction is None:
+        if self._open and not self._tickets and self._transaction is None:
             self._seal_open()
         self._note_commits()
         while effects := self.core.effects():

@@ -275,6 +275,11 @@ class Simulation:
                     f"{', '.join(sorted(map(describe, differing))[:5])}"
                 )
 
+    def end(self) -> None:
+        """Let the memory of all replicas go. Nothing can happen any more."""
+        for replica in self.replicas:
+            replica.stop()
+
     # Faults
 
     def partition(self, *groups: Collection[str], silently: bool | None = None) -> None:

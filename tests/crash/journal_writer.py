@@ -1,5 +1,5 @@
 """
-Processes that write to a journal until they are killed. Run by ``test_kill.py``.
+Processes that write to a journal until they are killed. Run by ``test_journal_kill.py``.
 
 For each path on standard input, a child is forked that writes there as fast as it can. It tells
 its process id, then every change that is confirmed. Forking saves the imports of each round.
