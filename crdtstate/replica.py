@@ -576,6 +576,11 @@ class Replica(DocumentSet):
     def _save(self, effect: sync.SaveSnapshot) -> None:
         saved = Saved(effect.document, effect.version, effect.data)
         self._store.compact(saved, int(self.config.log_bytes))
+        if self._store.failure is not None:
+            self._unsaved_bytes += len(effect.data)
+        # What a snapshot contains can no longer be taken out of the store (see `_reidentify`).
+        own = effect.version.get(self._writer, 0)
+        self._base[effect.document] = max(own, self._base.get(effect.document, 0))
         # An empty batch, whose ticket tells when the snapshot before it is committed.
         self._tickets.append((self._store.append(()), effect.number))
         self._sync.compacted(effect.document, self._store.floor(effect.document))

@@ -616,16 +616,19 @@ class Sync:
             self._pending_bytes -= len(change.data)
         return change
 
-    def _deliver(self, link: _Link, document: Document, change: Change) -> None:
+    def _deliver(self, link: _Link | None, document: Document, change: Change) -> None:
         """Deliver a ready change and all that waited for it."""
         ready = [change]
         while ready:
             change = ready.pop()
+            if document.is_broken:
+                self._want(change.document, change.writer, change.seq, self._now)
+                continue
             if not self._apply(link, document, change):
                 continue
             for key in self._waiting.pop((change.document, change.writer, change.seq), ()):
                 waiting = self._pending.get(key)
-                if waiting is None or document.is_broken:
+                if waiting is None:
                     continue
                 if document.is_ready(waiting):
                     self._unpark(key)
@@ -633,12 +636,13 @@ class Sync:
                 else:
                     self._wait(document, waiting)
 
-    def _apply(self, link: _Link, document: Document, change: Change) -> bool:
+    def _apply(self, link: _Link | None, document: Document, change: Change) -> bool:
         try:
             paths = document.apply(change)
         except InvalidUpdate as exc:
             self._set_aside(change)
-            self._strike(link, f"{change!r}: {exc}")
+            if link is not None:
+                self._strike(link, f"{change!r}: {exc}")
             return False
         except EngineFailure as exc:
             self._set_aside(change)
@@ -671,13 +675,16 @@ class Sync:
             self._effects.append(Emit(DocumentRebuilt(name, self._broken.pop(name))))
 
     def rebuilt(self, document: str, now: float) -> None:
-        """The document was loaded from the store again; it may lack what was not committed."""
+        """The document was loaded from the store again."""
         self._now = now
-        for (name, writer), wanted in self._missing.items():
+        for (name, _), wanted in self._missing.items():
             if name == document:
                 wanted.due = now
-                wanted.target = max(wanted.target, self._version(name).get(writer, 0))
         self._arm_want()
+        found = self.documents.find(document)
+        assert found is not None, f"{document!r} was rebuilt and is not there"
+        self._retry_pending(None, found)
+        self._note_tidying(found)
 
     def _spread(self) -> None:
         """Send the outgoing changes, each to those that may lack it."""
@@ -942,23 +949,24 @@ class Sync:
         self._note_tidying(document)
         self._retry_pending(link, document)
 
-    def _retry_pending(self, link: _Link, document: Document) -> None:
+    def _retry_pending(self, link: _Link | None, document: Document) -> None:
         """After a jump of the version: deliver what became ready, forget what is contained."""
         name, version = document.name, document.version
-        for key in [key for key in self._pending if key[0] == name]:
+        keys = [key for key in self._pending if key[0] == name]
+        for place in [place for place in self._waiting if place[0] == name]:
+            del self._waiting[place]
+        for key in keys:
+            if version.covers((key[1], key[2])):
+                self._unpark(key)
+        for key in keys:
             change = self._pending.get(key)
             if change is None:
                 continue
-            if version.covers(change.dot):
-                self._unpark(key)
-            elif not document.is_broken and document.is_ready(change):
+            if document.is_ready(change):
                 self._unpark(key)
                 self._deliver(link, document, change)
-        for place in [place for place in self._waiting if place[0] == name]:
-            if version.covers((place[1], place[2])):
-                for key in self._waiting.pop(place):
-                    if key in self._pending:
-                        self._wait(document, self._pending[key])
+            else:
+                self._wait(document, change)
 
     def _save(self, document: Document) -> None:
         """Let the store keep the document as it is now, as its snapshot."""

@@ -5,7 +5,7 @@ It surveys its share of the files and records each in one transaction. What is r
 after a kill it goes on where its store says that it was, and the transaction keeps it from counting
 anything twice.
 
-It talks to the demo in lines. It is told ``go``, ``digest`` and ``delays``; it tells, as JSON, what
+It talks to the demo in lines. It is told ``go``, ``digest``, ``ping`` and ``delays``; it tells, as JSON, what
 it has done and taken in. When its standard input ends, so does it.
 """
 
@@ -27,6 +27,9 @@ from crdtstate.demo.survey import DOCUMENT, FILES, names, owner, record, summari
 from crdtstate.events import Changed
 from crdtstate.relay import digests
 from crdtstate.replica import Replica
+
+PINGS = "pings"
+"""A document, and its register, for measuring."""
 
 REPORT_EVERY = 0.2
 """Seconds between reports while only others work."""
@@ -56,8 +59,10 @@ class Agent:
         self._document = replica.document(DOCUMENT)
         self._files = self._document.map(FILES)
         self._done = sum(name in self._files for name in share)
+        self._pings = replica.document(PINGS).register(PINGS)
         # Of changes of others: the agent, when it was written, and how long it took to come here.
-        self._delays: list[tuple[str, int, float]] = []
+        self._at_work: list[tuple[str, int, float]] = []
+        self._at_rest: list[float] = []
         # What was last reported.
         self._told: tuple[int, int, str] | None = None
         replica.on(Changed, self._note_delay)
@@ -85,16 +90,26 @@ class Agent:
         self.report()
         asyncio.get_running_loop().call_later(REPORT_EVERY, self.report_for_ever)
 
+    async def ping(self) -> None:
+        """Write something whose way to the others they measure, and wait until they have it."""
+        self._pings.value = time.time()
+        await self.replica.synced(PATIENCE)
+        tell(ping=True)
+
     def tell_delays(self) -> None:
-        tell(delays=self._delays)
+        tell(delays={"work": self._at_work, "rest": self._at_rest})
 
     def _note_delay(self, event: Changed) -> None:
-        if event.name != FILES or event.local or not event.agent:
+        now = time.time()
+        if event.local or not event.agent:
             return
-        winner = self._files.explain(event.key).winner
-        if winner is not None:
-            written = winner.stamp.wall_ms
-            self._delays.append((event.agent, written, time.time() * 1000 - written))
+        if event.name == PINGS:
+            self._at_rest.append((now - event.value) * 1000)
+        elif event.name == FILES:
+            winner = self._files.explain(event.key).winner
+            if winner is not None:
+                written = winner.stamp.wall_ms
+                self._at_work.append((event.agent, written, now * 1000 - written))
 
 
 def tell(**what: Any) -> None:
@@ -141,6 +156,8 @@ async def live(options: argparse.Namespace) -> None:
                     await agent.survey()
                 case "digest":
                     tell(digest=digests(replica))
+                case "ping":
+                    await agent.ping()
                 case "delays":
                     agent.tell_delays()
 

@@ -48,9 +48,11 @@ async def run(
         story = Story(fleet, seed, screen.say)
         try:
             with screen:
-                report = await story.tell()
+                await story.tell()
+            await story.end()
         finally:
             await fleet.close()
+    report = story.report
     if as_json:
         print(json.dumps({"ok": not report.differences, **asdict(report)}))
     else:

@@ -194,23 +194,21 @@ def verdict(report: Report, keep: Path | None) -> Iterator[tuple[str, str]]:
     )
     yield (
         "killed",
-        f"{report.killed} after {report.files_when_killed} files, {report.files_in_store} of them in "
-        f"its store; equal with the others {report.recovery_s:.2f} s after its restart",
+        f"{report.killed} after {report.files_when_killed} files, {report.files_in_store} of which "
+        f"its store had; equal with the others {report.recovery_s:.2f} s after its restart",
     )
-    if report.propagation_ms:
-        yield (
-            "latency",
-            f"p50 {report.propagation_ms['p50']:g} ms, p99 {report.propagation_ms['p99']:g} ms from "
-            f"the stamp of a change to its arrival at another agent, of "
-            f"{report.propagation_samples:,} arrivals while all agents kept the processors busy",
-        )
+    for when, times in (("at work", report.at_work_ms), ("at rest", report.at_rest_ms)):
+        if times:
+            yield (
+                when,
+                f"a change was at another agent after {times['p50']:g} ms (p50), "
+                f"{times['p99']:g} ms (p99); {times['arrivals']:,} arrivals",
+            )
     for difference in report.differences:
         yield "WRONG", difference
     if not report.differences:
-        yield (
-            "ok",
-            f"{report.replicas} replicas and a newcomer have equal content (digest {report.digest})",
-        )
+        equal = f"{report.replicas} replicas and a newcomer have equal content"
+        yield "ok", f"{equal} (digest {report.digest})"
         yield "ok", "it is exactly what one process finds alone"
         yield "ok", f"{report.stores_verified} stores are sound"
     if keep is not None:

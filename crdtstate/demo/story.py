@@ -31,6 +31,9 @@ CUT_AT, KILL_AT, RESTART_AT, MEND_AT = 0.2, 0.4, 0.5, 0.6
 CUT_MIN = 2.0
 """Seconds that a cut lasts at least."""
 
+PINGS = 100
+"""Changes by which the latency at rest is measured."""
+
 
 @dataclass(slots=True)
 class Outage:
@@ -39,8 +42,12 @@ class Outage:
     agent: str
     begin_ms: float
     end_ms: float = float("inf")
-    # Files it did meanwhile.
+    # Files it had done before.
     files: int = 0
+
+    def held_up(self, written_ms: float, *agents: str) -> bool:
+        """Whether a change between these agents may have had to wait for the end of this."""
+        return self.agent in agents and self.begin_ms - 1000 <= written_ms <= self.end_ms
 
 
 @dataclass(slots=True)
@@ -68,11 +75,12 @@ class Report:
     killed: str = ""
     files_when_killed: int = 0
     files_in_store: int = 0
+    restart_s: float = 0.0
     recovery_s: float = 0.0
     converge_s: float = 0.0
     newcomer_s: float = 0.0
-    propagation_ms: dict[str, float] = field(default_factory=dict)
-    propagation_samples: int = 0
+    at_work_ms: dict[str, float] = field(default_factory=dict)
+    at_rest_ms: dict[str, float] = field(default_factory=dict)
     replicas: int = 0
     digest: str = ""
     stores_verified: int = 0
@@ -98,8 +106,8 @@ class Story:
         self.cut_off, self.killed = chosen[:2], chosen[2]
         self._outages: list[Outage] = []
 
-    async def tell(self) -> Report:
-        """Let it all happen.
+    async def tell(self) -> None:
+        """Let it all happen; `report` says what came of it.
 
         Raises:
             DemoFailure: Something could not even be compared.
@@ -110,17 +118,21 @@ class Story:
         try:
             await self._work()
             await self._converge()
+            if not reference.done():
+                self._say("all replicas are equal; one process still surveys the tree alone")
             wanted = await reference
         finally:
             reference.cancel()
         found = await self._join_as_newcomer()
         report.differences += differences(wanted, found)
         self._sum_up(found)
-        await self._measure_propagation()
+        await self._measure_latency()
+
+    async def end(self) -> None:
+        """Stop everybody in order, and look at what they leave behind."""
         await self.fleet.stop()
         self._verify_stores()
-        report.elapsed_s = self._elapsed(self.began)
-        return report
+        self.report.elapsed_s = self._elapsed(self.began)
 
     def _elapsed(self, since: float) -> float:
         return round(time.monotonic() - since, 3)
@@ -226,6 +238,7 @@ class Story:
         agent.trouble = "recovering"
         await fleet.until(lambda: "ready" in agent.said, f"{agent.name} to start again")
         report.files_in_store = agent.done
+        report.restart_s = self._elapsed(begin)
         await fleet.until(lambda: "recovered" in agent.said, f"{agent.name} to recover")
         report.recovery_s = self._elapsed(begin)
         self._close_outages([agent])
@@ -311,26 +324,36 @@ class Story:
         if found.largest:
             self.report.largest = f"{found.largest[1]} ({found.largest[0]} lines)"
 
-    async def _measure_propagation(self) -> None:
-        """From the stamp of a change to its arrival at another agent, by the clock of this machine;
-        without what had to wait because its writer or its reader was cut off or killed."""
-        delays: list[float] = []
-        for agent in self.fleet.agents:
-            for writer, written_ms, delay in await self.fleet.ask(agent, "delays"):
-                if not any(
-                    outage.agent in (writer, agent.name)
-                    and outage.begin_ms - 1000 <= written_ms <= outage.end_ms
-                    for outage in self._outages
-                ):
-                    delays.append(delay)
-        delays.sort()
-        self.report.propagation_samples = len(delays)
-        for name, share in (("p50", 0.5), ("p99", 0.99)):
-            if delays:
-                self.report.propagation_ms[name] = round(delays[int(share * (len(delays) - 1))], 1)
+    async def _measure_latency(self) -> None:
+        """How long changes took from agent to agent, by the clock of this machine.
+
+        At work: from the stamp of a change, without what had to wait because its writer or its
+        reader was cut off or killed. At rest: from just before a write.
+        """
+        fleet = self.fleet
+        for number in range(PINGS):
+            await fleet.ask(fleet.agents[number % len(fleet.agents)], "ping")
+        at_work: list[float] = []
+        at_rest: list[float] = []
+        for agent in fleet.agents:
+            answer = await fleet.ask(agent, "delays")
+            at_rest += answer["rest"]
+            for writer, written_ms, delay in answer["work"]:
+                if not any(o.held_up(written_ms, writer, agent.name) for o in self._outages):
+                    at_work.append(delay)
+        self.report.at_work_ms = _percentiles(at_work)
+        self.report.at_rest_ms = _percentiles(at_rest)
 
     def _verify_stores(self) -> None:
         for member in (self.fleet.relay, *self.fleet.agents):
             problems = verify(self.fleet.store(member)).problems
             self.report.differences += [f"{member.name}.db: {problem}" for problem in problems]
             self.report.stores_verified += 1
+
+
+def _percentiles(times: list[float]) -> dict[str, float]:
+    ordered = sorted(times)
+    if not ordered:
+        return {}
+    found = {f"p{p}": round(ordered[p * (len(ordered) - 1) // 100], 1) for p in (50, 99)}
+    return {**found, "arrivals": len(ordered)}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -148,6 +149,10 @@ def run_seed(
     except AssertionError as exc:
         # The core asserts its own invariants; their names come first, or last in parentheses.
         failure = Failure(seed, "assertion", f"at {history.sim.now:.3f} s: {exc}")
+    except Exception as exc:
+        where = traceback.extract_tb(exc.__traceback__)[-1]
+        detail = f"at {history.sim.now:.3f} s: {exc!r} in {where.name}, line {where.lineno}"
+        failure = Failure(seed, "crash", detail)
     sim = history.sim
     sim.end()
     oracle = sim.oracle

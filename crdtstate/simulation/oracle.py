@@ -14,6 +14,7 @@ I6   Whatever waits is bounded.
 I7   The log's floor is not above what was delivered, and all above it can be read.
 I8   HAVE names only what is committed, and no own change leaves before it is.
 I9   The heads are the maximal elements of what was delivered.
+I11  What honest replicas say is never refused.
 I10  Who has taken in a causal token reads what its maker had written.
 """
 
@@ -28,6 +29,7 @@ from crdtstate.change import Change, Origin
 from crdtstate.clock import Cut, HybridClock, Version
 from crdtstate.crdts import Counter
 from crdtstate.document import Document, EngineFailure
+from crdtstate.events import Event, PeerRejected
 from crdtstate.slots import SEPARATOR, Cell, candidates, filed, totals
 
 if TYPE_CHECKING:
@@ -343,6 +345,11 @@ class Oracle:
             birth.was_sent = True
             on_disk = replica.disk.version(birth.document).covers((birth.writer, birth.seq))
             self.expect(on_disk, "I8", f"{birth!r} is sent before it is committed")
+
+    def heard(self, replica: SimulatedReplica, event: Event) -> None:
+        """A core says something. Nobody here is dishonest, so nobody may be refused."""
+        if isinstance(event, PeerRejected):
+            raise Violation("I11", f"{replica.agent} refuses {event.agent}: {event.reason}")
 
     # Ends and beginnings
 

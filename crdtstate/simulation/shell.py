@@ -242,6 +242,7 @@ class SimulatedReplica(DocumentSet):
                 case sync.HangUp(peer, code, reason):
                     self._hang_up(peer, code, reason)
                 case sync.Emit(event):
+                    self._oracle.heard(self, event)
                     self._on_event(self, event)
                 case sync.Rebuild(name):
                     self._append(batch)
