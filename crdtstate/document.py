@@ -341,6 +341,7 @@ class Document:
                 slot = taken[path] = self._adopted(container, cell, writer, seq)
                 self.lanes.set_own(path, slot)
         update = self.lanes.write(taken, (lane, leaving))
+        self.lanes.settled.update(dict.fromkeys(leaving))
         return self._sealed(update, None, ADOPTION) if update else None
 
     def _adopted(self, container: str, cell: dict[int, Slot], writer: int, seq: int) -> Slot:
@@ -418,6 +419,9 @@ class Document:
         if change.shared != self.shared:
             raise InvalidUpdate(f"{change!r} is for a document of the other type")
         touched = self._apply(change)
+        if self._before:
+            # What is open is not in the lane yet; it is judged when it has been sealed (L3).
+            self.lanes.settled.update((path, None) for path in touched if path in self._before)
         self._deliver(change)
         return touched
 
@@ -506,6 +510,7 @@ class Document:
         for path, slot in open_slots.items():
             self._before[path] = self.lanes.own_slot(path)
             self.lanes.set_own(path, slot)
+            self.lanes.settled[path] = None
         return list(_differing(before, self.lanes))
 
     def _join_heads(self, snapshot: Snapshot) -> None:

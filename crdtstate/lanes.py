@@ -175,7 +175,8 @@ class Lanes:
         # Writer -> where its items lie.
         self.lanes: dict[int, Lane] = {}
         # Own paths whose slot can perhaps be dropped (L3); judged again when they are.
-        self.settled: set[str] = set()
+        # A dict because it keeps the order: one history gives one sequence of bytes.
+        self.settled: dict[str, None] = {}
         self._updates: list[bytes] = []
         self._start(Doc(client_id=writer))
 
@@ -216,11 +217,15 @@ class Lanes:
         """Take up to *limit* own slots that are covered, or removals that cover nothing visible
         (L3), out of the index and return their paths. Paths in *busy* wait."""
         drops: list[str] = []
+        waiting: list[str] = []
         while self.settled and len(drops) < limit:
-            path = self.settled.pop()
-            if path not in busy and self._is_settled(path):
+            path, _ = self.settled.popitem()
+            if path in busy:
+                waiting.append(path)
+            elif self._is_settled(path):
                 self.set_own(path, None)
                 drops.append(path)
+        self.settled.update(dict.fromkeys(waiting))
         return drops
 
     def _is_settled(self, path: str) -> bool:
@@ -478,7 +483,7 @@ class Lanes:
             lane.close(lane.segments[clock])
         own = self.lanes.get(self.writer)
         if own is not None:
-            self.settled.update(path for path in touched if path in own.places)
+            self.settled.update((path, None) for path in touched if path in own.places)
         return touched
 
     # State
@@ -502,7 +507,7 @@ class Lanes:
         self._start(doc)
         self.lanes, self.containers = lanes, containers
         own = self.lane(self.writer)
-        self.settled = {path for path in own.places if self._is_settled(path)}
+        self.settled = {path: None for path in own.places if self._is_settled(path)}
 
     def join(self, state: bytes, newer: Callable[[int], bool]) -> bytes:
         """Return the join of this document and *state*: the lanes for which ``newer(writer)``

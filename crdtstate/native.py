@@ -13,7 +13,8 @@ had deleted comes back as a new one, so older handles to it are dead. Edits that
 refuses are undone by starting again from the sealed Doc: handles to roots go on, those to nested
 types raise when written to, observers are gone.
 
-Indices of a pycrdt text count UTF-8 bytes; an edit within a character is one that is refused.
+Indices of a pycrdt text count UTF-8 bytes. Edits within a character mostly get refused; those that
+are not end up elsewhere.
 """
 
 from __future__ import annotations
@@ -131,11 +132,11 @@ class Native:
                 raise UsageError(f"{name[:80]!r} cannot name a shared type")
             if not self._settle(name, kind):
                 used = "text" if kind is Array else "array"
-                raise UsageError(f"{name!r} is a shared {used} elsewhere; use another name")
+                raise UsageError(f"{name!r} is in use as {used} elsewhere; choose another name")
             found = self._handles[name] = self._doc.get(name, type=kind)
         if not isinstance(found, kind):
             used, wanted = type(found).__name__.lower(), kind.__name__.lower()
-            raise UsageError(f"{name!r} is a shared {used}, and cannot be a {wanted} as well")
+            raise UsageError(f"{name!r} is in use as {used}; it cannot be used as {wanted} too")
         return found
 
     def _settle(self, name: str, kind: type) -> bool:

@@ -406,6 +406,8 @@ class Sync:
         for change in changes:
             assert change.writer == self.hello.writer, f"{change!r} is of another writer"
             self._persist(change, change)
+            if (document := self.documents.find(change.document)) is not None:
+                self._note_tidying(document)
 
     def committed(self, number: int, now: float) -> None:
         """Everything persisted up to *number* is committed."""

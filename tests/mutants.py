@@ -129,7 +129,11 @@ def sent_before_commit() -> None:
 
 @mutant
 def no_want() -> None:
-    Sync._ask = lambda self: None
+    def ask(self: Sync) -> None:
+        for wanted in self._missing.values():
+            wanted.due = float("inf")
+
+    Sync._ask = ask
 
 
 @mutant
@@ -173,7 +177,6 @@ def log_pruned_too_far() -> None:
         for index in self.writers.values():
             if len(index.rows):
                 forgotten += index.forget(1)
-                index.first -= 1
         return forgotten
 
     DocumentIndex.compact = greedy
@@ -194,8 +197,11 @@ def no_deduplication() -> None:
 
 @mutant
 def fingerprint_ignored() -> None:
+    on_heartbeat = Sync._on_heartbeat
+
     def beat(self: Sync, link: Any, frame: Any) -> None:
-        link.is_greeted = True
+        on_heartbeat(self, link, frame)
+        link.mismatches = 0
 
     Sync._on_heartbeat = beat
 

@@ -45,6 +45,13 @@ def url(replica: Replica) -> str:
     return replica.address
 
 
+def restore_in_place(path: Path, backup: Path) -> None:
+    """Put older content into the same file, as a rolled back disk would."""
+    path.write_bytes(backup.read_bytes())
+    for extra in path.parent.glob(f"{path.name}-*"):
+        extra.unlink()
+
+
 async def next_event(replica: Replica, kind: type[Event]) -> Event:
     """Wait for one event of a kind."""
     async for event in replica.events(kind):
@@ -467,10 +474,7 @@ async def test_a_store_that_was_rolled_back_loses_nothing_and_reuses_no_dot(tmp_
             await ann.durable(timeout=10)
             ann.counter("n").increment(100)
             await ann.synced(timeout=10)
-        # Restored in place: same file, older content.
-        path.write_bytes(backup.read_bytes())
-        for extra in tmp_path.glob("ann.db-*"):
-            extra.unlink()
+        restore_in_place(path, backup)
 
         async with Replica("ann", store=path) as ann:
             assert ann.writer == writer, "nothing tells yet that it was rolled back"

@@ -5,8 +5,8 @@ It surveys its share of the files and records each in one transaction. What is r
 after a kill it goes on where its store says that it was, and the transaction keeps it from counting
 anything twice.
 
-It talks to the demo in lines. It is told ``go``, ``digest``, ``ping`` and ``delays``; it tells, as JSON, what
-it has done and taken in. When its standard input ends, so does it.
+It talks to the demo in lines. It is told ``go``, ``digest``, ``ping`` and ``delays``; it tells, as
+JSON, what it has done and taken in. When its standard input ends, so does it.
 """
 
 from __future__ import annotations
@@ -100,16 +100,19 @@ class Agent:
         tell(delays={"work": self._at_work, "rest": self._at_rest})
 
     def _note_delay(self, event: Changed) -> None:
-        now = time.time()
-        if event.local or not event.agent:
+        now_ms = time.time() * 1000
+        if event.local or event.name not in (FILES, PINGS):
             return
-        if event.name == PINGS:
-            self._at_rest.append((now - event.value) * 1000)
-        elif event.name == FILES:
-            winner = self._files.explain(event.key).winner
-            if winner is not None:
-                written = winner.stamp.wall_ms
-                self._at_work.append((event.agent, written, now * 1000 - written))
+        is_ping = event.name == PINGS
+        why = self._pings.explain() if is_ping else self._files.explain(event.key)
+        # Whose change it was may also have tidied up only.
+        if why.winner is None or why.winner.agent != event.agent:
+            return
+        if is_ping:
+            self._at_rest.append(now_ms - event.value * 1000)
+        else:
+            written_ms = why.winner.stamp.wall_ms
+            self._at_work.append((event.agent, written_ms, now_ms - written_ms))
 
 
 def tell(**what: Any) -> None:
@@ -164,6 +167,7 @@ async def live(options: argparse.Namespace) -> None:
 
 def main() -> int:
     """Run the process; return its exit code."""
+    sys.setswitchinterval(0.005)
     parser = argparse.ArgumentParser("crdtstate.demo.agent")
     parser.add_argument("--name", required=True)
     parser.add_argument("--index", type=int, required=True)

@@ -195,6 +195,8 @@ class _History:
         except AssertionError as exc:
             raise Violation("I1", f"no convergence: {exc}") from exc
         self._compare_views()
+        for replica in self.sim.replicas:
+            self.sim.oracle.check_leftovers(replica)
 
     def _compare_views(self) -> None:
         """What users read must be the same everywhere."""

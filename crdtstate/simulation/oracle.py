@@ -14,8 +14,9 @@ I6   Whatever waits is bounded.
 I7   The log's floor is not above what was delivered, and all above it can be read.
 I8   HAVE names only what is committed, and no own change leaves before it is.
 I9   The heads are the maximal elements of what was delivered.
-I11  What honest replicas say is never refused.
 I10  Who has taken in a causal token reads what its maker had written.
+I11  What honest replicas say is never refused.
+L3   At rest no lane holds what says nothing any more; see `lanes`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from crdtstate.clock import Cut, HybridClock, Version
 from crdtstate.crdts import Counter
 from crdtstate.document import Document, EngineFailure
 from crdtstate.events import Event, PeerRejected
-from crdtstate.slots import SEPARATOR, Cell, candidates, filed, totals
+from crdtstate.slots import SEPARATOR, Cell, candidates, filed, live_slots, totals
 
 if TYPE_CHECKING:
     from crdtstate.simulation.shell import SimulatedReplica
@@ -444,6 +445,19 @@ class Oracle:
         found, more = disk.read(name, ranges, 2**40)
         wanted = sum(last - first + 1 for _, first, last in ranges)
         self.expect(not more and len(found) == wanted, "I7", f"{agent}: the log has holes")
+
+    def check_leftovers(self, replica: SimulatedReplica) -> None:
+        """Check that a replica at rest has dropped of its lanes what says nothing any more."""
+        for name in replica.documents():
+            document = replica.find(name)
+            assert document is not None
+            for path, cell in document.lanes.canonical().items():
+                own = cell.get(replica.writer)
+                if own is None or path.startswith(Counter.kind):
+                    continue
+                is_live = any(writer == replica.writer for writer, _ in live_slots(cell))
+                if not is_live or (own.value is None and len(cell) == 1):
+                    raise Violation("L3", f"{replica.agent} keeps {own} at {path!r} of {name!r}")
 
     def check_content(self, agent: str, document: Document) -> None:
         """Hold a document against others that were at its version, and against the reference."""
