@@ -103,6 +103,9 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(work)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    except asyncio.CancelledError:
+        # By SIGTERM.
+        raise typer.Exit(143) from None
 
 
 def _print_version(wanted: bool) -> None:

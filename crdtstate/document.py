@@ -31,7 +31,7 @@ from crdtstate.change import (
 from crdtstate.clock import SEQ_MAX, Dot, HybridClock, Version
 from crdtstate.conflict import DEFAULT_STRATEGY, Conflict, resolver
 from crdtstate.crdts import STRATEGIES, Counter, Map, Register, Set
-from crdtstate.errors import InvalidUpdate, UnsupportedValue, UsageError
+from crdtstate.errors import CRDTStateError, InvalidUpdate, UnsupportedValue, UsageError
 from crdtstate.lanes import Lanes
 from crdtstate.native import Array, Native, Text, YMap
 from crdtstate.slots import (
@@ -283,6 +283,10 @@ class Document:
 
         Returns None if that leaves nothing to say. The caller must journal the change, and only
         then send it.
+
+        Raises:
+            UsageError: Native edits that cannot be sent (too large, nested too deep, of another
+                type); the document reads as before them.
         """
         kind, self._open_kind = (self._open_kind if self.is_open else TIDY), WRITE
         if self.native is not None:
@@ -302,6 +306,8 @@ class Document:
         self.written = list(slots)
         if lanes.settled:
             slots.update(dict.fromkeys(lanes.settle(SETTLED_PER_CHANGE, before)))
+        # A removal that covers only where the own slot was adopted from is settled from the start.
+        lanes.settled.update((path, None) for path, slot in slots.items() if slot and slot.value is None)
         return lanes.write(slots) if slots else b""
 
     def _sealed(self, update: bytes, origin: Origin | None, kind: int) -> Change:
@@ -362,16 +368,17 @@ class Document:
     def reset(self, writer: int) -> dict[str, Slot]:
         """Empty the document, to be loaded anew by `writer`; return the own slots as they were.
 
-        Views stay valid. Native types do not: their handles belong to the engine that is gone.
+        Views stay valid, and so do the handles of native root types.
         """
         own = self.own_slots(self.writer)
-        self.close()
+        self.lanes.close()
         self.is_broken = False
         self.writer = writer
         self.version, self.heads, self.stamp = Version(), {}, 0
         self._before, self._open_kind, self._open_stamp = {}, WRITE, 0
         self.lanes = Lanes(writer)
-        self.native = Native(writer, self._native_written) if self.shared else None
+        if self.native is not None:
+            self.native.reset(writer)
         return own
 
     def own_slots(self, writer: int) -> dict[str, Slot]:
@@ -434,7 +441,7 @@ class Document:
                 return self.native.apply(change.update, change.writer)
             assert plan is not None
             return self.lanes.apply(change.update, plan)
-        except InvalidUpdate:
+        except CRDTStateError:
             raise
         except BaseException as exc:
             # pycrdt's PanicException is a BaseException, and whatever came out, the Doc may be
@@ -500,7 +507,7 @@ class Document:
             if self.native is not None:
                 return self.native.load(state)
             self.lanes.load(state, version)
-        except InvalidUpdate:
+        except CRDTStateError:
             raise
         except BaseException as exc:
             if isinstance(exc, (KeyboardInterrupt, SystemExit, MemoryError)):

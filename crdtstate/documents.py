@@ -178,9 +178,20 @@ class DocumentSet:
             self._seal(document)
 
     def _seal_open(self, origin: Origin | None = None) -> None:
-        """Seal all open changes."""
+        """Seal all open changes.
+
+        Raises:
+            UsageError: Native edits of a document cannot be sent and were undone; all other
+                documents are sealed.
+        """
+        refused: UsageError | None = None
         for document in list(self._open.values()):
-            self._seal(document, origin)
+            try:
+                self._seal(document, origin)
+            except UsageError as exc:
+                refused = exc
+        if refused is not None:
+            raise refused
 
     def _seal(self, document: Document, origin: Origin | None = None) -> None:
         if document.is_broken:

@@ -130,6 +130,14 @@ class DocumentRebuilt(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class EditsUndone(Event):
+    """Edits of native types could not be sent (too large, nested too deep, or of a type that is
+    not supported); the document reads as before them."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class StoreFailed(Event):
     """The store refuses writes; reads and the mesh go on, own changes wait to be saved."""
 

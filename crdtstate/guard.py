@@ -134,7 +134,7 @@ def _parse_change(data: bytes) -> ParsedChange:
             items.append((origin, parent, key, content))
         if len(places) != len(items):
             raise InvalidUpdate("a change writes a key twice")
-    deletes = _parse_deletes(data, at, CHANGE_DELETE_CLIENTS_MAX, CHANGE_RANGES_MAX)
+    deletes = parse_deletes(data, at, CHANGE_DELETE_CLIENTS_MAX, CHANGE_RANGES_MAX)
     flat = [(owner, start, length) for owner in deletes for start, length in deletes[owner]]
     if sum(length for _, _, length in flat) > CHANGE_DELETED_MAX:
         raise InvalidUpdate(f"a change deletes more than {CHANGE_DELETED_MAX} items")
@@ -156,7 +156,7 @@ def parse_state(update: bytes) -> dict[int, ParsedLane]:
 
 
 def _parse_state(data: bytes) -> dict[int, ParsedLane]:
-    sections, at = _parse_varint(data, 0)
+    sections, at = parse_varint(data, 0)
     if sections > STATE_LANES_MAX:
         raise InvalidUpdate(f"{sections} lanes; at most {STATE_LANES_MAX}")
     lanes: dict[int, ParsedLane] = {}
@@ -174,7 +174,7 @@ def _parse_state(data: bytes) -> dict[int, ParsedLane]:
         if clock:
             raise InvalidUpdate(f"the lane of {client} does not start at clock 0")
         lanes[client] = _follow_chains(structs, data[start:at])
-    deletes = _parse_deletes(data, at, sections, CLOCK_MAX)
+    deletes = parse_deletes(data, at, sections, CLOCK_MAX)
     if not deletes.keys() <= lanes.keys():
         raise InvalidUpdate("the delete set names a client that has no lane")
     if any(deletes.get(client, []) != lane.deletes for client, lane in lanes.items()):
@@ -291,11 +291,11 @@ def _parse_section(
     """
     # All remote changes and all loads pass here: hence the index arithmetic, and numbers of
     # one byte are read in place.
-    count, at = _parse_varint(data, at)
+    count, at = parse_varint(data, at)
     start = at
-    client, at = _parse_varint(data, at)
+    client, at = parse_varint(data, at)
     mark = data[start:at]
-    first, at = _parse_varint(data, at)
+    first, at = parse_varint(data, at)
     if not 0 < count <= count_max:
         raise InvalidUpdate(f"a section of {count} items; at least 1, at most {count_max}")
     if client > WRITER_MAX:
@@ -325,7 +325,7 @@ def _parse_section(
                 if not data.startswith(mark, at):
                     raise InvalidUpdate("an item refers to another client")
                 at += len(mark)
-                number, at = (data[at], at + 1) if data[at] < 128 else _parse_varint(data, at)
+                number, at = (data[at], at + 1) if data[at] < 128 else parse_varint(data, at)
                 if number >= clock:
                     raise InvalidUpdate("an item refers to one that is not older")
                 if info < _CHAINED:
@@ -333,7 +333,7 @@ def _parse_section(
                 else:
                     origin = number
             if info < _CHAINED:
-                size, at = (data[at], at + 1) if data[at] < 128 else _parse_varint(data, at)
+                size, at = (data[at], at + 1) if data[at] < 128 else parse_varint(data, at)
                 if size > KEY_BYTES_MAX:
                     raise InvalidUpdate(f"a key of {size} bytes; at most {KEY_BYTES_MAX}")
                 key = data[at : at + size].decode()
@@ -346,7 +346,7 @@ def _parse_section(
             if not data.startswith(_ONE_BUFFER, at):
                 raise InvalidUpdate("a slot is not exactly one buffer")
             at += 2
-            size, at = (data[at], at + 1) if data[at] < 128 else _parse_varint(data, at)
+            size, at = (data[at], at + 1) if data[at] < 128 else parse_varint(data, at)
             content = data[at : at + size]
             at += size
         elif kind == SEGMENT:
@@ -354,7 +354,7 @@ def _parse_section(
                 raise InvalidUpdate("a segment is not a map")
             at += 1
         else:
-            length, at = _parse_varint(data, at)
+            length, at = parse_varint(data, at)
             if not length:
                 raise InvalidUpdate("a deleted run of length 0")
         structs.append((clock, length, kind, origin, parent, key, content))
@@ -370,17 +370,17 @@ def _is_name(key: str, client: int) -> bool:
     return owner == str(client) and number.isascii() and number.isdigit()
 
 
-def _parse_deletes(
+def parse_deletes(
     data: bytes, at: int, clients_max: int, ranges_max: int
 ) -> dict[int, list[Range]]:
     """Read the delete set, with which the update ends. Return the ranges of each client."""
-    clients, at = _parse_varint(data, at)
+    clients, at = parse_varint(data, at)
     if clients > clients_max:
         raise InvalidUpdate(f"deletes of {clients} clients; at most {clients_max}")
     deletes: dict[int, list[Range]] = {}
     for _ in range(clients):
-        client, at = _parse_varint(data, at)
-        count, at = _parse_varint(data, at)
+        client, at = parse_varint(data, at)
+        count, at = parse_varint(data, at)
         if client > WRITER_MAX or client in deletes:
             raise InvalidUpdate("the delete set names a client twice, or one of more than 53 bits")
         ranges_max -= count
@@ -389,8 +389,8 @@ def _parse_deletes(
         ranges: list[Range] = []
         end = -1
         for _ in range(count):
-            start, at = _parse_varint(data, at)
-            length, at = _parse_varint(data, at)
+            start, at = parse_varint(data, at)
+            length, at = parse_varint(data, at)
             if start <= end or not length:
                 raise InvalidUpdate("deleted ranges are empty, out of order or touch")
             end = start + length
@@ -413,7 +413,7 @@ def encode_deletes(deletes: Mapping[int, list[Range]]) -> bytes:
     return bytes(out)
 
 
-def _parse_varint(data: bytes, at: int) -> tuple[int, int]:
+def parse_varint(data: bytes, at: int) -> tuple[int, int]:
     """Read an unsigned number. Return it and where it ends."""
     byte = data[at]
     at += 1

@@ -392,9 +392,12 @@ class Lanes:
         if slot.seq != seq:
             container, _, key = path.partition(SEPARATOR)
             cells = self.containers.get(container)
-            if cells is None or cells.cells.get(key, {}).get(writer) != slot:
+            here = cells.cells.get(key, {}).get(writer) if cells else None
+            if here == slot:
+                return True
+            # Missing, it may be one that an adopter took before this change turned up (L6).
+            if here is not None or slot.seq > seq:
                 raise InvalidUpdate(f"slot {path!r} is dated {slot.seq} in change {seq}")
-            return True
         for other, covered in slot.covers.items():
             # Else one could cover what is not written yet, and it would vanish on arrival.
             if other == writer or covered > version.get(other, 0):
@@ -425,7 +428,8 @@ class Lanes:
                         dead.add((client, item[1]))
                 elif clock in owner.segments and owner is lane:
                     closes.append(clock)
-                else:
+                elif owner is lane or clock in owner.segments or clock >= owner.clock:
+                    # Else the owner replaced it, in a change that its adopter has not seen (L6).
                     raise InvalidUpdate(f"deletes item {client:x}:{clock}, which is not there")
         for clock in closes:
             segment = lane.segments[clock]

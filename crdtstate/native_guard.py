@@ -29,8 +29,8 @@ from crdtstate.guard import (
     KEY_BYTES_MAX,
     STATE_BYTES_MAX,
     Range,
-    _parse_deletes,
-    _parse_varint,
+    parse_deletes,
+    parse_varint,
 )
 
 CHANGE_BYTES_MAX = 2 << 20
@@ -332,7 +332,7 @@ class _Reader:
         try:
             clients = self.number(clients_max)
             sections = dict(self.section(items_max) for _ in range(clients))
-            deletes = _parse_deletes(self.data, self.at, ranges_max, ranges_max)
+            deletes = parse_deletes(self.data, self.at, ranges_max, ranges_max)
         except IndexError:
             raise InvalidUpdate("the update is cut off") from None
         except UnicodeDecodeError:
@@ -436,7 +436,7 @@ class _Reader:
         if number < 128:
             self.at += 1
         else:
-            number, self.at = _parse_varint(self.data, self.at)
+            number, self.at = parse_varint(self.data, self.at)
         if number > number_max:
             raise InvalidUpdate(f"a number is {number}; at most {number_max}")
         return number

@@ -44,6 +44,7 @@ from crdtstate.events import (
     ConflictFound,
     ConflictResolved,
     Event,
+    EditsUndone,
     IdentityRollback,
     PeerRejected,
     StoreFailed,
@@ -217,7 +218,7 @@ class Replica(DocumentSet):
         if self._state != "open":
             return
         try:
-            self._seal_open()
+            self._seal_quietly()
             self._pump()
             for peer in list(self._links):
                 self._end_link(peer, wire.ByeCode.SHUTDOWN, "closing", tell=True)
@@ -510,7 +511,7 @@ class Replica(DocumentSet):
         self._is_pumping = True
         try:
             if not self._is_store_busy() and self._transaction is None:
-                self._seal_open()
+                self._seal_quietly()
             self._note_commits()
             while effects := self._sync.effects():
                 self._carry_out(effects)
@@ -520,6 +521,14 @@ class Replica(DocumentSet):
             self._is_pumping = False
         self._check_waiters()
         self._dispatch()
+
+    def _seal_quietly(self) -> None:
+        """Seal what is open; there is no caller to tell what could not be."""
+        try:
+            self._seal_open()
+        except UsageError as exc:
+            log.error("%s: edits were undone: %s", self.agent, exc)
+            self._emit(EditsUndone(str(exc)))
 
     def _is_store_busy(self) -> bool:
         """Whether plain writes should go on collecting, because a commit is under way."""
@@ -633,7 +642,7 @@ class Replica(DocumentSet):
             self._sync.tick(now)
             self._adopt_closed()
         elif self._transaction is None:
-            self._seal_open()
+            self._seal_quietly()
         self._pump()
 
     def _check_waiters(self) -> None:

@@ -1139,7 +1139,9 @@ def _gaps(writer: int, first: int, last: int, known: list[int]) -> list[tuple[in
     """The parts of *first* to *last* that are not in *known*, which is sorted."""
     gaps = []
     for seq in known:
-        if first < seq <= last:
+        if seq > last:
+            break
+        if first < seq:
             gaps.append((writer, first, seq - 1))
         first = max(first, seq + 1)
     if first <= last:

@@ -18,6 +18,7 @@ from crdtstate import (
     ConflictResolved,
     CorruptStore,
     Cut,
+    EditsUndone,
     Event,
     IdentityRollback,
     PeerConnected,
@@ -122,6 +123,27 @@ async def test_native_text_is_edited_together() -> None:
         await ann.wait_for(bob.version(), timeout=10)
 
         assert str(body) == str(other) == "Hello world"
+
+
+@asynchronous
+async def test_edits_that_cannot_be_sent_are_undone_and_announced() -> None:
+    async with Replica("ann", listen=LOCAL) as ann, Replica("bob", peers=[url(ann)]) as bob:
+        undone = asyncio.create_task(next_event(ann, EditsUndone))
+        await asyncio.sleep(0)
+        body = ann.document("notes", shared=True).text("body")
+        body += "fine"
+        await bob.wait_for(ann.version(), timeout=10)
+        body += "x" * 3_000_000
+        ann.map("plan")["goal"] = "x"
+
+        event = await undone
+
+        assert isinstance(event, EditsUndone) and str(body) == "fine"
+        await bob.wait_for(ann.version(), timeout=10)
+        assert dict(bob.map("plan")) == {"goal": "x"}
+        body += " again"
+        await bob.wait_for(ann.version(), timeout=10)
+        assert str(bob.document("notes", shared=True).text("body")) == "fine again"
 
 
 @asynchronous

@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from crdtstate.clock import Cut
 from crdtstate.config import Config
 from crdtstate.demo.survey import DOCUMENT, FILES, names, owner, record, summarise
 from crdtstate.events import Changed
-from crdtstate.relay import digests
+from crdtstate.relay import digests, leash
 from crdtstate.replica import Replica
 
 PINGS = "pings"
@@ -120,28 +118,15 @@ def tell(**what: Any) -> None:
     print(json.dumps(what), flush=True)
 
 
-def listen(commands: asyncio.Queue[str], told_to_end: asyncio.Task[Any]) -> None:
-    """Queue the lines of standard input, and cancel the task when it ends."""
-    loop = asyncio.get_running_loop()
-
-    def read() -> None:
-        # Not through sys.stdin, whose lock a thread must not hold when the interpreter ends.
-        rest = b""
-        while data := os.read(0, 4096):
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                loop.call_soon_threadsafe(commands.put_nowait, line.decode())
-        loop.call_soon_threadsafe(told_to_end.cancel)
-
-    threading.Thread(target=read, daemon=True).start()
-
-
 async def live(options: argparse.Namespace) -> None:
     """Be an agent until standard input ends."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
     commands: asyncio.Queue[str] = asyncio.Queue()
-    task = asyncio.current_task()
     assert task is not None
-    listen(commands, task)
+    leash.follow(
+        lambda: loop.call_soon_threadsafe(task.cancel),
+        lambda line: loop.call_soon_threadsafe(commands.put_nowait, line),
+    )
     share = [n for n in names(options.path) if owner(n, options.of) == options.index]
     async with Replica(
         options.name, store=options.store, peers=[options.peer], config=CONFIG
@@ -167,7 +152,6 @@ async def live(options: argparse.Namespace) -> None:
 
 def main() -> int:
     """Run the process; return its exit code."""
-    sys.setswitchinterval(0.005)
     parser = argparse.ArgumentParser("crdtstate.demo.agent")
     parser.add_argument("--name", required=True)
     parser.add_argument("--index", type=int, required=True)

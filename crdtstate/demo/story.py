@@ -17,9 +17,10 @@ import time
 from asyncio.subprocess import PIPE
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from crdtstate.clock import Cut
-from crdtstate.demo.fleet import DemoFailure, Fleet, Member
+from crdtstate.demo.fleet import DemoFailure, Fleet, Member, last_line
 from crdtstate.demo.survey import DOCUMENT, Survey, differences, names, read
 from crdtstate.relay import digests
 from crdtstate.replica import Replica
@@ -122,7 +123,7 @@ class Story:
                 self._say("all replicas are equal; one process still surveys the tree alone")
             wanted = await reference
         finally:
-            reference.cancel()
+            await _cancel(reference)
         found = await self._join_as_newcomer()
         report.differences += differences(wanted, found)
         self._sum_up(found)
@@ -157,19 +158,25 @@ class Story:
 
     async def _survey_alone(self) -> Survey:
         """What one process finds, without any replica."""
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "crdtstate.demo.survey", str(self.fleet.root)),
-            stdout=PIPE,
-            start_new_session=True,
-        )
+        with (self.fleet.folder / "alone.log").open("wb") as log:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "crdtstate.demo.survey", str(self.fleet.root)),
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=log,
+                start_new_session=True,
+            )
+        assert process.stdout is not None
         try:
-            output, _ = await process.communicate()
+            output = await process.stdout.read()
+            await process.wait()
         except asyncio.CancelledError:
             process.kill()
             await process.wait()
             raise
         if process.returncode:
-            raise DemoFailure("the survey of one process failed")
+            why = last_line(self.fleet.folder / "alone.log")
+            raise DemoFailure(f"the survey of one process failed: {why}")
         return Survey(**json.loads(output))
 
     async def _work(self) -> None:
@@ -189,7 +196,7 @@ class Story:
             await self._mend(cut)
             await recovery
         finally:
-            recovery.cancel()
+            await _cancel(recovery)
         await fleet.until(
             lambda: all(agent.is_done for agent in fleet.agents), "all files to be done", 3600
         )
@@ -353,6 +360,14 @@ class Story:
             problems = verify(self.fleet.store(member)).problems
             self.report.differences += [f"{member.name}.db: {problem}" for problem in problems]
             self.report.stores_verified += 1
+
+
+async def _cancel(task: asyncio.Task[Any]) -> None:
+    """End a task; what it failed of has been raised elsewhere."""
+    task.cancel()
+    await asyncio.wait([task])
+    if not task.cancelled():
+        task.exception()
 
 
 def _percentiles(times: list[float]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from crdtstate.document import Document
+from crdtstate.relay import leash
 
 DOCUMENT = "survey"
 FILES = "files"
@@ -190,4 +191,5 @@ def _differing(what: str, wanted: dict[str, Any], found: dict[str, Any]) -> Iter
 
 
 if __name__ == "__main__":
+    leash.follow(lambda: os._exit(1))
     json.dump(asdict(survey(Path(sys.argv[1]))), sys.stdout)

@@ -8,11 +8,10 @@ import asyncio
 import json
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterable
 from typing import Literal
 
-from crdtstate.relay import pages
+from crdtstate.relay import leash, pages
 from crdtstate.replica import Replica
 from crdtstate.transports import HttpAnswer
 
@@ -57,7 +56,8 @@ async def serve(
     stop = asyncio.Event()
     _stop_on_signals(stop)
     if attached:
-        _stop_with_stdin(stop)
+        loop = asyncio.get_running_loop()
+        leash.follow(lambda: loop.call_soon_threadsafe(stop.set))
     async with replica:
         assert replica.address is not None
         announce(replica.address)
@@ -82,18 +82,3 @@ def _stop_on_signals(stop: asyncio.Event) -> None:
         except (NotImplementedError, RuntimeError):
             # Windows; and threads other than the main one, which get no signals.
             pass
-
-
-def _stop_with_stdin(stop: asyncio.Event) -> None:
-    loop = asyncio.get_running_loop()
-
-    def wait() -> None:
-        # Not through sys.stdin, whose lock a thread must not hold when the interpreter ends.
-        while os.read(0, 4096):
-            pass
-        try:
-            loop.call_soon_threadsafe(stop.set)
-        except RuntimeError:
-            pass
-
-    threading.Thread(target=wait, daemon=True).start()
