@@ -26,7 +26,7 @@ import sys
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, closing
 from datetime import datetime
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TextIO, TypeVar
 from urllib.parse import urlsplit
@@ -219,6 +219,10 @@ def _print_columns(rows: Sequence[Sequence[Any]], out: TextIO | None = None) -> 
         print("  ".join(cells).rstrip(), file=out)
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def _note(text: str) -> None:
     print(f"crdtstate: {printable(text)}", file=sys.stderr)
 
@@ -372,7 +376,9 @@ def _read_store(path: Path) -> DocumentSet:
 @app.command("set")
 def set_(
     place: WholePlace,
-    value: Annotated[str, typer.Argument(help="JSON; what is not JSON is taken as a string.")],
+    value: Annotated[
+        str, typer.Argument(metavar="VALUE", help="JSON; what is not JSON is taken as a string.")
+    ],
     peer: Peer,
     agent: Agent = "cli",
     timeout: Timeout = 5.0,
@@ -411,7 +417,7 @@ async def _set(peer: str, timeout: float, agent: str, place: Place, value: Any) 
 def increment(
     place: WholePlace,
     peer: Peer,
-    by: Annotated[int, typer.Argument(help="How much; may be negative.")] = 1,
+    by: Annotated[int, typer.Argument(metavar="BY", help="How much; may be negative.")] = 1,
     agent: Agent = "cli",
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
@@ -542,10 +548,11 @@ def _describe(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "peers", ", ".join(peer["agent"] for peer in found["peers"]) or "none"
         for url, why in found["unreachable"].items():
             yield "unreachable", f"{url}: {why}"
-        yield "waiting", f"{found['pending']} changes here, {found['missing']} announced"
+        waiting = f"{_count(found['pending'], 'change')} here, {found['missing']} announced"
+        yield "waiting", waiting
     yield "conflicts", str(found["conflicts"])
     for name, count in found["documents"].items():
-        yield "document", f"{name}: {count} changes"
+        yield "document", f"{name}: {_count(count, 'change')}"
 
 
 @app.command()
@@ -565,16 +572,18 @@ def verify(
         for problem in found.problems:
             print(printable(problem))
     if found.problems:
-        raise CRDTStateError(f"{store}: damaged, problems: {len(found.problems)}")
+        raise CRDTStateError(f"{store} is damaged: {_count(len(found.problems), 'problem')}")
     if not as_json:
-        what = f"{found.documents} documents, {found.snapshots} snapshots, {found.changes} changes"
-        print(f"{printable(str(store))}: sound ({what}, {found.bytes:,} bytes)")
+        sizes = [(found.documents, "document"), (found.snapshots, "snapshot")]
+        sizes += [(found.changes, "change"), (found.bytes, "byte")]
+        what = ", ".join(_count(number, noun) for number, noun in sizes)
+        print(f"{printable(str(store))}: sound ({what})")
 
 
 # Running
 
 
-class Durability(str, Enum):
+class Durability(StrEnum):
     """What a commit survives; see `Replica`."""
 
     process = "process"

@@ -264,7 +264,8 @@ class Replica(DocumentSet):
         self._sync = sync.Sync(self, self._hello(), self.config, self._rng, self._loop.time())
         for name, version in self.versions():
             self._base[name] = version.get(self._writer, 0)
-            self._sync.restore(name, version, self._store.floor(name))
+            store = self._store
+            self._sync.restore(name, version, store.floor(name), store.size(name))
             self._clock.observe(self._documents[name].stamp, 2**47)
         self._store.start(self.agent, self._writer, self._on_store_progress)
 
@@ -687,7 +688,8 @@ class Replica(DocumentSet):
 
         def load(document: Document) -> None:
             self._load_document(document)
-            self._sync.restore(document.name, document.version, self._store.floor(document.name))
+            name, store = document.name, self._store
+            self._sync.restore(name, document.version, store.floor(name), store.size(name))
 
         for document in list(self._documents.values()):
             self.reload(document, new, load)

@@ -144,6 +144,8 @@ Effect = Send | Persist | SaveSnapshot | Fetch | HangUp | Delivered | Rebuild | 
 class _Ledger:
     """What the core knows of one document beside the document itself."""
 
+    # Tells the document's share of the fingerprint from others'.
+    salt: int
     committed: Version = field(default_factory=Version)
     floor: Version = field(default_factory=Version)
     # Bytes persisted since the snapshot, and the size of that.
@@ -327,7 +329,9 @@ class Sync:
 
     def is_synced(self) -> bool:
         """Whether every connected peer has committed what we have, and we what they have."""
-        if self._uncommitted or any(link.hello is None for link in self._links.values()):
+        if self._uncommitted:
+            return False
+        if any(link.hello is None and link.dialled for link in self._links.values()):
             return False
         for link in self.peers:
             if not link.is_greeted:
@@ -357,9 +361,11 @@ class Sync:
 
     # Starting
 
-    def restore(self, document: str, version: Version, floor: Version) -> None:
-        """Take note of a document that was loaded from the store at *version*."""
+    def restore(self, document: str, version: Version, floor: Version, log_bytes: int = 0) -> None:
+        """Take note of a document that was loaded from the store at *version*; *log_bytes* of
+        its changes are not in the stored snapshot."""
         ledger = self._ledger(document)
+        ledger.log_bytes = log_bytes
         self._commit(ledger, document, version)
         ledger.floor = floor.copy()
         if (found := self.documents.find(document)) is not None:
@@ -435,7 +441,7 @@ class Sync:
     def _commit(self, ledger: _Ledger, name: str, version: Version | dict[int, int]) -> None:
         """Count *version* as committed, and tell peers soon (S2)."""
         committed = ledger.committed
-        salt = _salt(name)
+        salt = ledger.salt
         for writer, seq in version.items():
             before = committed.get(writer, 0)
             if seq <= before:
@@ -1121,7 +1127,7 @@ class Sync:
         if ledger is None:
             if len(self._ledgers) >= DOCUMENTS_MAX:
                 raise ProtocolError(f"more than {DOCUMENTS_MAX} documents")
-            ledger = self._ledgers[name] = _Ledger()
+            ledger = self._ledgers[name] = _Ledger(_salt(name))
         return ledger
 
     def _arm_flush(self) -> None:

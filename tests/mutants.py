@@ -169,17 +169,13 @@ def log_floor_above_delivered() -> None:
 
 
 @mutant
-def log_pruned_too_far() -> None:
-    compact = DocumentIndex.compact
+def log_floor_understated() -> None:
+    floor = DocumentIndex.floor
 
-    def greedy(self: DocumentIndex, version: Version, keep_bytes: int) -> Any:
-        forgotten = compact(self, version, keep_bytes)
-        for index in self.writers.values():
-            if len(index.rows):
-                forgotten += index.forget(1)
-        return forgotten
+    def lower(self: DocumentIndex) -> Version:
+        return Version({writer: seq - 1 for writer, seq in floor(self).items() if seq > 1})
 
-    DocumentIndex.compact = greedy
+    DocumentIndex.floor = lower
 
 
 @mutant

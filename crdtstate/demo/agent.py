@@ -27,7 +27,7 @@ from crdtstate.relay import digests, leash
 from crdtstate.replica import Replica
 
 PINGS = "pings"
-"""A document, and its register, for measuring."""
+"""A register for measuring."""
 
 REPORT_EVERY = 0.2
 """Seconds between reports while only others work."""
@@ -57,7 +57,7 @@ class Agent:
         self._document = replica.document(DOCUMENT)
         self._files = self._document.map(FILES)
         self._done = sum(name in self._files for name in share)
-        self._pings = replica.document(PINGS).register(PINGS)
+        self._pings = self._document.register(PINGS)
         # Of changes of others: the agent, when it was written, and how long it took to come here.
         self._at_work: list[tuple[str, int, float]] = []
         self._at_rest: list[float] = []

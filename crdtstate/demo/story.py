@@ -32,7 +32,7 @@ CUT_AT, KILL_AT, RESTART_AT, MEND_AT = 0.2, 0.4, 0.5, 0.6
 CUT_MIN = 2.0
 """Seconds that a cut lasts at least."""
 
-PINGS = 100
+PINGS = 50
 """Changes by which the latency at rest is measured."""
 
 

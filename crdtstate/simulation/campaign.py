@@ -39,7 +39,7 @@ SETTLING = 90.0
 """Seconds after which a repaired fleet must be equal."""
 
 MESH_MAX = 16
-"""Agents that are connected with each other; more go through relays."""
+"""Agents that are connected with each other; more go through a relay."""
 
 KEYS = ("a", "b", "c")
 
@@ -180,7 +180,7 @@ class _History:
         self.rng = rng
         self.changes = changes
         if agents is not None and agents > MESH_MAX:
-            options["relays"] = options.get("relays") or 2
+            options["relays"] = options.get("relays") or 1
         self.sim = Simulation(seed, agents or self._draw_size(), **options)
         self._tokens = dict.fromkeys(self.sim.names, 0)
 
@@ -470,7 +470,7 @@ def _draw_config(rng: random.Random) -> Config:
         heartbeat=1.0,
         link_timeout=pick((3.0, 5.0)),
         seal_delay=pick((0.001, 0.02)),
-        have_delay=pick((0.02, 0.1, 0.3)),
+        have_delay=pick((0.03, 0.2, 0.4)),
         want_delay=pick((0.05, 0.3)),
         want_retry=pick((0.2, 1.0)),
         want_retry_max=pick((2.0, 5.0)),
@@ -478,8 +478,8 @@ def _draw_config(rng: random.Random) -> Config:
         answer_bytes=pick((200, 1000, 256 * 1024)),
         pending_changes=pick((2, 10, 10_000)),
         pending_bytes=pick((1000, 2**20)),
-        snapshot_after_bytes=pick((200, 1000, 4000, 2**20)),
-        log_bytes=pick((1, 300, 2000, 2**20)),
+        snapshot_after_bytes=pick((200, 200, 1000, 2**20)),
+        log_bytes=pick((1, 1, 500, 2**20)),
         outbox_bytes=pick((500, 4000, 2**20)),
         reconnect_max=pick((0.5, 2.0)),
     )

@@ -364,6 +364,11 @@ class Oracle:
         """A host is down; its disk promised to keep *promised*."""
         self._promised[index] = {name: version.copy() for name, version in promised.items()}
 
+    def rolled_back(self, index: int) -> None:
+        """A host's disk holds an older state again: nothing can be held against it."""
+        self.expects_rollbacks = True
+        self._promised.pop(index, None)
+
     def started(self, replica: SimulatedReplica) -> None:
         """A replica has loaded what its disk had."""
         versions = dict(replica.versions())

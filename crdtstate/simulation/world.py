@@ -20,7 +20,7 @@ from crdtstate.config import Config
 from crdtstate.errors import UsageError
 from crdtstate.events import Event
 from crdtstate.simulation.diagram import Diagram, Moment, describe
-from crdtstate.simulation.disk import Disk, Durability
+from crdtstate.simulation.disk import Disk, Durability, Image
 from crdtstate.simulation.network import Datagrams, Dialler, Network
 from crdtstate.simulation.oracle import Oracle
 from crdtstate.simulation.schedule import Schedule
@@ -343,6 +343,19 @@ class Simulation:
         self.oracle.crashed(host.index, host.disk.promised(power=True))
         self._network.fell_silent(replica, notice=True)
         host.disk.crash(power=False)
+
+    def backup(self, name: str) -> Image:
+        """A copy of what is certainly on a host's disk now; see `put_back`."""
+        return self._host(name).disk.backup()
+
+    def put_back(self, name: str, backup: Image, *, unnoticed: bool = False) -> None:
+        """Put a backup on the disk of a host that is down: as another file, or *unnoticed*, as
+        rolling back a virtual machine does."""
+        host = self._host(name)
+        if host.replica is not None:
+            raise UsageError(f"{name} is running; crash it first")
+        self.oracle.rolled_back(host.index)
+        host.disk.put_back(backup, unnoticed=unnoticed)
 
     def restart(self, name: str) -> SimulatedReplica:
         """Start a replica on a host again; return it."""
