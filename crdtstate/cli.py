@@ -473,6 +473,7 @@ async def _watch(peer: str, timeout: float, place: Place, as_json: bool) -> None
 
     async with _dialled(peer, timeout) as replica:
         replica.on(Changed, show)
+        _note(f"watching {place} at {peer}")
         replica.on(PeerDisconnected, lambda event: _note(f"{peer}: {event.reason}; dialling again"))
         replica.on(PeerConnected, lambda event: _note(f"{peer}: connected to {event.agent}"))
         await stop.wait()

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -794,7 +795,7 @@ class Replica(DocumentSet):
                 log.debug("%s: %s is this replica itself", self.agent, url)
                 return
             if link.ending and link.ending[0] is wire.ByeCode.DUPLICATE:
-                await self._until(lambda link=link: self._is_only(link), None, "a peer")
+                await self._until(partial(self._is_only, link), None, "a peer")
                 pause = FIRST_PAUSE
             elif self._loop.time() - started > 5:
                 pause = 0.0

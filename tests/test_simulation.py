@@ -221,6 +221,7 @@ def test_a_disk_that_was_rolled_back_unnoticed_is_found_out_and_nothing_is_lost(
     sim.settle()
     backup = sim.backup("agent-0")
     sim["agent-0"].map("plan")["goal"] = "new"
+    sim.settle()
     sim["agent-0"].counter("tokens").increment(5)
     sim.settle()
     writer = sim["agent-0"].writer
@@ -293,8 +294,8 @@ def test_transactions_arrive_as_a_whole() -> None:
         there = sim["agent-1"]
         seen.append(("goal" in there.map("plan"), there.counter("tokens").value))
 
-    for step in range(40):
-        sim.at(step * 0.005, look)
+    for step in range(100):
+        sim.at(step * 0.01, look)
     sim.run(1.0)
 
     assert set(seen) == {(False, 0), (True, 1)}
@@ -377,6 +378,7 @@ def test_a_diagram_can_show_a_part() -> None:
     sim["agent-0"].map("plan")["goal"] = 1
     sim.settle()
     middle = sim.now
+    sim.run(0.1)
     sim["agent-0"].map("plan")["goal"] = 2
     sim.settle()
 

@@ -219,28 +219,31 @@ class Oracle:
     ) -> None:
         """A change was sealed."""
         name, writer, seq = key = (change.document, change.writer, change.seq)
-        old = self._by_dot.get(key)
-        if old is not None:
-            self._reborn(old)
         birth = Birth(
             name, writer, seq, past, ops, change.data, replica.agent, replica.index, self._now()
         )
         birth.seen_by.add(replica.index)
-        self._by_dot[key] = self._by_data[change.data] = birth
-        self.births.setdefault(name, []).append(birth)
+        self._by_data[change.data] = birth
         self._version(replica, name)[writer] = seq
         self._on_moment(replica, "wrote", birth)
+        old = self._by_dot.get(key)
+        if old is not None:
+            is_known = old.was_sent or len(old.seen_by) > 1
+            if is_known and self.expects_rollbacks:
+                # It must never leave; see `_sending_change`.
+                return
+            self.expect(not is_known, "I2", f"{old!r} is known, and its dot is used again")
+            self._forget(old)
+        self._by_dot[key] = birth
+        self.births.setdefault(name, []).append(birth)
 
     def agent_of(self, document: str, writer: int) -> str:
         """Whose writer that is."""
         birth = self._by_dot.get((document, writer, 1))
         return birth.agent if birth else f"{writer:x}"
 
-    def _reborn(self, old: Birth) -> None:
-        """A dot is used again: fine if nobody has heard of the change that had it before."""
-        if self.expects_rollbacks:
-            return
-        self.expect(not old.was_sent, "I2", f"{old!r} was sent, and now its dot is used again")
+    def _forget(self, old: Birth) -> None:
+        """A change was lost before anybody heard of it, and its dot is used again."""
         del self._by_data[old.data]
         self.births[old.document].remove(old)
         self._contents.clear()
@@ -342,6 +345,8 @@ class Oracle:
         self.copies += 1
         self.expect(birth is not None, "I2", f"{replica.agent} sends a change that nobody made")
         assert birth is not None
+        if self._by_dot[birth.document, birth.writer, birth.seq] is not birth:
+            raise Violation("I2", f"{replica.agent} sends two changes with one dot: {birth!r}")
         if not birth.was_sent:
             birth.was_sent = True
             on_disk = replica.disk.version(birth.document).covers((birth.writer, birth.seq))

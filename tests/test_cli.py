@@ -1,0 +1,395 @@
+"""The command line: what it prints, where, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+import pytest
+
+from crdtstate import __version__, blocking, cli
+
+LOCAL = "ws://127.0.0.1:0"
+NOBODY = "ws://127.0.0.1:9"
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def relay() -> Iterator[str]:
+    """A relay's address."""
+    command = [sys.executable, "-m", "crdtstate", "relay", "--listen", LOCAL, "--attached"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().split()[-1]
+        process.communicate(timeout=20)
+
+
+@pytest.fixture
+def run(
+    relay: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Result]:
+    """Runs a command line against the relay, in this process."""
+    monkeypatch.setenv("CRDTSTATE_PEER", relay)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(line: str, *more: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["crdtstate", *shlex.split(line), *more])
+        code = cli.main()
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+def lines(text: str) -> list[str]:
+    return text.splitlines()
+
+
+# Reading and writing
+
+
+def test_what_is_set_can_be_got(run):
+    assert run("set rw/map/plan/goal 'ship it'") == (0, 'rw/map/plan/goal = "ship it"\n', "")
+    assert run("set rw/map/plan/a/b '{\"n\": [1, 2.5, null]}'").code == 0
+    assert run("set rw/register/leader agent-7").code == 0
+    assert run("set rw/set/skills python").code == 0
+    assert run("set rw/set/skills 7").code == 0
+
+    assert run("get rw/map/plan/goal") == (0, "ship it\n", "")
+    assert run("get rw/map/plan") == (0, 'a/b = {"n": [1, 2.5, null]}\ngoal = "ship it"\n', "")
+    assert run("get rw/register/leader") == (0, "agent-7\n", "")
+    assert run("get rw/set/skills") == (0, "python\n7\n", "")
+
+
+def test_json_is_for_scripts(run):
+    assert json.loads(run("set js/map/plan/goal 4 --json").out) == {
+        "place": "js/map/plan/goal",
+        "value": 4,
+    }
+    assert json.loads(run("get js/map/plan --json").out) == {"goal": 4}
+    assert json.loads(run("get js/map/plan/goal --json").out) == 4
+    assert json.loads(run("get js/set/nothing --json").out) == []
+    assert json.loads(run("increment js/counter/n 2 --json").out)["value"] == 2
+
+
+def test_a_counter_is_incremented(run):
+    assert run("increment ct/counter/tokens 120") == (0, "120\n", "")
+    assert run("increment ct/counter/tokens") == (0, "121\n", "")
+    assert run("increment ct/counter/tokens -21") == (0, "100\n", "")
+    assert run("get ct/counter/tokens") == (0, "100\n", "")
+
+
+def test_values_that_json_does_not_know_are_shown_in_types_it_does(run, relay):
+    with blocking.Replica("agent", peers=[relay]) as replica:
+        values = replica.document("ty").map("values")
+        values["bytes"] = b"\x00\xff"
+        values["time"] = datetime(2024, 5, 6, tzinfo=UTC)
+        values["number"] = float("inf")
+        values["keys"] = {1: "one", None: "none"}
+        replica.synced(timeout=20)
+
+    assert json.loads(run("get ty/map/values --json").out) == {
+        "bytes": {"base64": "AP8="},
+        "time": "2024-05-06T00:00:00+00:00",
+        "number": "inf",
+        "keys": {"1": "one", "null": "none"},
+    }
+
+
+def test_text_that_is_not_json_is_a_string():
+    found = {t: cli.parse_value(t) for t in ("4", '"4"', "four", "[1", "NaN", "null", "1e2", "")}
+
+    assert found == {
+        "4": 4,
+        '"4"': "4",
+        "four": "four",
+        "[1": "[1",
+        "NaN": "NaN",
+        "null": None,
+        "1e2": 100.0,
+        "": "",
+    }
+
+
+def test_nothing_that_a_terminal_would_obey_is_printed(run, relay):
+    evil = "a\x1b[31mred\x07 [bold]x[/bold]\x9b2J\u202e\r\nend"
+    with blocking.Replica("evil [red]", peers=[relay]) as replica:
+        replica.document("ev").map("plan")["k\x1b]0;title\x07"] = evil
+        replica.document("ev").register("text").value = evil
+        replica.document("ev").set("items").add(evil)
+        replica.synced(timeout=20)
+        peers = run("peers").out
+
+    shown = [run(f"get ev/{what}").out for what in ("map/plan", "register/text", "set/items")]
+    shown += [run("get ev/map/plan --json").out, peers]
+    for text in shown:
+        assert all(c.isprintable() or c == "\n" for c in text), repr(text)
+    assert shown[1] == "a\\x1b[31mred\\x07 [bold]x[/bold]\\x9b2J\\u202e\\r\nend\n"
+    assert "[bold]x[/bold]" in shown[0] and "k\\x1b]0;title\\x07" in shown[0]
+    assert "[red]" in peers
+    assert json.loads(shown[3]) == {"k\x1b]0;title\x07": evil}
+
+
+# Failing
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "get main/map",
+        "get main/list/x",
+        "get main//x",
+        "get main/counter/x/key",
+        "set main/map/plan value",
+        "set main/counter/tokens 4",
+        "set main/map/plan/goal",
+        "increment main/map/plan",
+        "increment main/counter/n four",
+        "get main/map/plan --peer http://127.0.0.1:80",
+        "get main/map/plan --peer ws://127.0.0.1:99999",
+        "get main/map/plan --timeout 0",
+        "relay --listen nonsense",
+        "relay --durability hope",
+        "simulate --agents 1",
+        "demo --agents 2",
+        "bogus",
+        "--bogus",
+    ],
+)
+def test_wrong_usage_is_2(run, line):
+    result = run(line)
+
+    assert (result.code, result.out) == (2, "")
+    assert "Usage: crdtstate" in result.err and "Traceback" not in result.err
+
+
+def test_a_peer_must_be_named(run, monkeypatch):
+    monkeypatch.delenv("CRDTSTATE_PEER")
+
+    assert run("get main/map/plan").code == 2
+    assert "--peer" in run("status").err
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("get no/map/plan/goal", "no/map/plan/goal: nothing there"),
+        ("get no/register/leader", "no/register/leader: nothing there"),
+        (
+            f"get no/map/x --timeout 0.3 --peer {NOBODY}",
+            f"{NOBODY}: connection refused: is a relay",
+        ),
+        (f"increment no/counter/x --timeout 0.3 --peer {NOBODY}", f"{NOBODY}: connection refused"),
+        (f"status --peer {NOBODY}", f"{NOBODY}: connection refused: is a relay listening there?"),
+        (f"peers --peer {NOBODY}", f"{NOBODY}: connection refused: is a relay listening there?"),
+        ("get no/map/x --store absent.db", "absent.db: there is no such file"),
+        ("verify absent.db", "absent.db: there is no such file"),
+        ("demo --path absent", "is not a directory"),
+    ],
+)
+def test_failing_is_1_with_one_clear_line(run, line, error):
+    result = run(line)
+
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("crdtstate: ") and error in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_an_unshareable_value_is_refused(run):
+    result = run("set no/map/plan/goal", '"\\ud800"')
+
+    assert result.code == 1 and "no/map/plan" not in result.out
+    assert result.err.startswith("crdtstate: plan['goal']: ")
+
+
+# Looking
+
+
+def test_status_and_peers_say_how_a_relay_is_doing(run, relay):
+    with blocking.Replica("agent-7", listen=LOCAL, peers=[relay]) as replica:
+        replica.document("st").map("plan")["goal"] = 1
+        replica.synced(timeout=20)
+
+        status = lines(run("status").out)
+        assert status[:3] == ["agent      relay (relay)", f"address    {relay}", "ready      yes"]
+        assert "document   st: 1 change" in status
+        assert json.loads(run("status --json").out)["documents"]["st"] == 1
+
+        header, row = lines(run("peers").out)
+        assert header.split() == ["AGENT", "ROLE", "LAG", "QUEUED", "BYTES", "ADDRESS"]
+        assert row.split() == ["agent-7", "agent", "-", "-", str(replica.address)]
+        (peer,) = json.loads(run("peers --json").out)
+        assert (peer["agent"], peer["lag"], peer["address"]) == ("agent-7", 0, replica.address)
+
+
+def test_status_of_an_agent_is_what_the_mesh_tells(run):
+    with blocking.Replica("agent-7", listen=LOCAL) as replica:
+        replica.map("plan")["goal"] = "ship it"
+        found = json.loads(run(f"status --json --peer {replica.address}").out)
+        assert (found["agent"], found["documents"]) == ("agent-7", {"main": 1})
+        assert lines(run(f"status --peer {replica.address}").out)[0] == "agent      agent-7 (agent)"
+
+        result = run(f"peers --peer {replica.address}")
+        assert result.code == 1 and "an agent, not a relay" in result.err
+
+
+def test_a_store_is_verified(run, tmp_path):
+    store = tmp_path / "agent.db"
+    with blocking.Replica("agent-7", store=store) as replica:
+        replica.map("plan")["goal"] = "ship it"
+        replica.map("plan")["blob"] = b"x" * 100_000
+    assert run(f"verify {store}").out.startswith(f"{store}: sound (1 document, 0 snapshots, ")
+    found = json.loads(run(f"verify {store} --json").out)
+    assert (found["documents"], found["problems"]) == (1, [])
+
+    data = bytearray(store.read_bytes())
+    at = data.index(b"x" * 1000)
+    data[at] ^= 1
+    store.write_bytes(data)
+
+    result = run(f"verify {store}")
+    assert result.code == 1 and len(lines(result.out)) >= 1
+    assert result.err.startswith(f"crdtstate: {store} is damaged: ")
+    assert result.err.count("\n") == 1
+    result = run(f"verify {store} --json")
+    assert result.code == 1 and json.loads(result.out)["problems"]
+
+
+def test_a_store_that_nobody_has_open_can_be_read(run, tmp_path):
+    store = tmp_path / "agent.db"
+    with blocking.Replica("agent-7", store=store) as replica:
+        replica.map("plan")["goal"] = "ship it"
+        replica.durable()
+
+        result = run(f"get main/map/plan/goal --store {store}")
+        assert result.code == 1 and f"process {os.getpid()} has it open" in result.err
+
+    assert run(f"get main/map/plan/goal --store {store}") == (0, "ship it\n", "")
+    with blocking.Replica("agent-7", store=store) as replica:
+        assert replica.document("main").version.total == 1
+
+
+# Running
+
+
+def test_help_is_for_people(run):
+    whole = run("--help")
+    assert whole.code == 0
+    commands = ("demo", "relay", "get", "set", "increment", "watch", "peers", "status", "verify")
+    for command in (*commands, "simulate"):
+        assert command in whole.out
+        result = run(f"{command} --help")
+        assert result.code == 0
+        assert f"Example: crdtstate {command} " in result.out
+        assert "--json" in result.out
+    assert run("--version") == (0, f"crdtstate {__version__}\n", "")
+
+
+def test_simulate_reports_its_campaign(run):
+    result = run("simulate --agents 3 --seed 7 --seeds 2 --changes 10 --no-faults --json")
+
+    report = json.loads(result.out)
+    assert (result.code, result.err) == (0, "")
+    assert (report["seeds"], report["failures"]) == (2, [])
+    assert {"redundancy", "delivery_ms", "last_ms", "bytes_per_change", "trace"} <= report.keys()
+    assert lines(run("simulate --changes 5 --no-faults").out)[0] == "seeds             1"
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "crdtstate", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("mode", ["text", "json"])
+def test_watch_prints_changes_until_ctrl_c(run, relay, mode):
+    run(f"set wa/map/{mode}/before 1")
+    flags = ["--json"] if mode == "json" else []
+    with start("watch", f"wa/map/{mode}", "--peer", relay, *flags) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == f"crdtstate: watching wa/map/{mode} at {relay}\n"
+        with blocking.Replica("agent-7", peers=[relay]) as replica:
+            replica.document("wa").counter("other").increment()
+            replica.document("wa").map(mode)["goal"] = "[red]\x1b[0m"
+            replica.synced(timeout=20)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+
+    assert (process.returncode, out, err) == (130, "", "")
+    if mode == "text":
+        assert line == 'wa/map/text/goal = "[red]\\u001b[0m"  (agent-7)\n'
+    else:
+        assert json.loads(line) == {
+            "document": "wa",
+            "kind": "map",
+            "name": "json",
+            "key": "goal",
+            "value": "[red]\x1b[0m",
+            "agent": "agent-7",
+        }
+
+
+def test_watch_says_when_it_loses_the_peer():
+    with blocking.Replica("agent-7", listen=LOCAL) as replica:
+        process = start("watch", "main/map/plan/goal", "--peer", str(replica.address))
+        assert process.stderr is not None
+        process.stderr.readline()
+    with process:
+        line = process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+
+    assert line == f"crdtstate: {replica.address}: they said: closing; dialling again\n"
+
+
+def test_whoever_stops_reading_is_not_told_off(relay):
+    with blocking.Replica("agent-7", peers=[relay]) as replica:
+        replica.document("br").map("plan").update({f"key-{n}": "x" * 1000 for n in range(300)})
+        replica.synced(timeout=20)
+    with start("get", "br/map/plan", "--peer", relay) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        err = process.stderr.read()
+
+    assert (process.returncode, err) == (1, "")
+
+
+def test_on_a_terminal_nothing_hostile_comes_through(run, relay):
+    """A pseudo-terminal gets what a person's would."""
+    with blocking.Replica("agent-7", peers=[relay]) as replica:
+        replica.document("tty").map("plan")["goal"] = "\x1b]0;owned\x07"
+        replica.synced(timeout=20)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "crdtstate", "get", "tty/map/plan", "--peer", relay]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        try:
+            while data := os.read(ours, 4096):
+                shown += data
+        except OSError:
+            pass  # How Linux says that the other side is closed.
+        os.close(ours)
+
+    assert process.returncode == 0
+    assert shown == b'goal = "\\u001b]0;owned\\u0007"\r\n'
