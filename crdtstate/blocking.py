@@ -7,7 +7,7 @@ A replica for programs without an event loop.
 
 It runs a `crdtstate.Replica` on a thread and event loop of its own, under the same names. Replica
 and documents belong to that thread, so every read and write is carried out there while the caller
-waits, some tens of microseconds. Any number of threads may call; each call is atomic, such as
+waits: about a tenth of a millisecond. Any number of threads may call; each call is atomic, such as
 ``pop`` and ``items`` of a map.
 
 Inside ``with replica.transaction():`` that thread serves this transaction and nothing else: other
@@ -64,6 +64,7 @@ class Replica:
         # Work is handed over only while it is open and under the lock, so that none is forgotten.
         self._lock = threading.Lock()
         self._is_open = False
+        self._is_closed = False
         # The `_Held` transaction that the current thread is in.
         self._local = threading.local()
 
@@ -93,6 +94,7 @@ class Replica:
     def close(self) -> None:
         """Save, say goodbye and stop. Idempotent. In a handler it does not wait for the end."""
         with self._lock:
+            self._is_closed = True
             if self._is_open:
                 self._is_open = False
                 self._loop.call_soon_threadsafe(self._closing.set)
@@ -103,9 +105,11 @@ class Replica:
         self._loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
         try:
             async with self._replica:
-                self._is_open = True
+                with self._lock:
+                    self._is_open = not self._is_closed
                 opened.set_result(None)
-                await self._closing.wait()
+                if self._is_open:
+                    await self._closing.wait()
         except BaseException as exc:
             if opened.done():
                 raise
@@ -266,7 +270,7 @@ class Replica:
 
     def _check_open(self) -> None:
         if not self._is_open:
-            closed = "closed" if self._thread else "not open; use it inside 'with Replica(...)'"
+            closed = "closed" if self._is_closed else "not open; use it inside 'with Replica(...)'"
             raise ReplicaClosed(f"{self.agent}: {closed}")
 
 

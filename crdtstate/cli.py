@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import concurrent.futures
 import http.client
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing
 from datetime import datetime
 from enum import StrEnum
@@ -83,7 +83,7 @@ def main() -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        app(prog_name="crdtstate")
     except BrokenPipeError:
         # Whoever read our output has seen enough. Python would complain when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -289,7 +289,7 @@ def _fetch(url: str, page: str, timeout: float) -> dict[str, Any] | None:
 # Reading and writing
 
 
-@app.command()
+@app.command(rich_help_panel="Read and write")
 def get(
     place: WholePlace,
     peer: Annotated[
@@ -373,7 +373,7 @@ def _read_store(path: Path) -> DocumentSet:
     return documents
 
 
-@app.command("set")
+@app.command("set", rich_help_panel="Read and write")
 def set_(
     place: WholePlace,
     value: Annotated[
@@ -413,7 +413,7 @@ async def _set(peer: str, timeout: float, agent: str, place: Place, value: Any) 
         await _sync(replica, peer, timeout)
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command(rich_help_panel="Read and write", context_settings={"ignore_unknown_options": True})
 def increment(
     place: WholePlace,
     peer: Peer,
@@ -444,7 +444,7 @@ async def _increment(peer: str, timeout: float, agent: str, place: Place, by: in
         return counter.value
 
 
-@app.command()
+@app.command(rich_help_panel="Read and write")
 def watch(
     place: WholePlace,
     peer: Peer,
@@ -493,7 +493,7 @@ def _print_change(event: Changed, as_json: bool) -> None:
 # Looking
 
 
-@app.command()
+@app.command(rich_help_panel="Look")
 def peers(peer: Peer, timeout: Timeout = 5.0, as_json: AsJson = False) -> None:
     """List who is connected to a relay.
 
@@ -508,11 +508,11 @@ def peers(peer: Peer, timeout: Timeout = 5.0, as_json: AsJson = False) -> None:
         _print_json(found["peers"])
         return
     columns = ("agent", "role", "lag", "queued_bytes", "address")
-    rows = [[entry.get(column) or "-" for column in columns] for entry in found["peers"]]
+    rows = [["-" if entry[c] is None else entry[c] for c in columns] for entry in found["peers"]]
     _print_columns([[column.upper().replace("_", " ") for column in columns], *rows])
 
 
-@app.command()
+@app.command(rich_help_panel="Look")
 def status(peer: Peer, timeout: Timeout = 5.0, as_json: AsJson = False) -> None:
     """Say how a relay or agent is doing and what it has.
 
@@ -556,12 +556,14 @@ def _describe(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "document", f"{name}: {_count(count, 'change')}"
 
 
-@app.command()
+@app.command(rich_help_panel="Look")
 def verify(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A replica's SQLite file.")],
     as_json: AsJson = False,
 ) -> None:
-    """Check every page, change and snapshot of a store. Its owner may be running.
+    """Check every page, change and snapshot of a store.
+
+    Its owner may be running.
 
     Example: [cyan]crdtstate verify agent-7.db[/cyan]
     """
@@ -591,7 +593,7 @@ class Durability(StrEnum):
     power = "power"
 
 
-@app.command("relay")
+@app.command("relay", rich_help_panel="Run")
 def run_relay(
     listen: Annotated[
         str, typer.Option(metavar="URL", help="Where to listen; port 0 takes any free one.")
@@ -611,10 +613,12 @@ def run_relay(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a relay, for agents that cannot reach each other. Ctrl-C or SIGTERM ends it in order.
+    """Run a relay, for agents that cannot reach each other.
 
-    The mesh is on /mesh; /healthz, /status and /digest answer plain HTTP. Who can reach the port
-    can read and write everything: keep it on the loopback interface or a network that you trust.
+    Ctrl-C or SIGTERM ends it in order. The mesh is on /mesh; /healthz,
+    /status and /digest answer plain HTTP. Who can reach the port can read
+    and write everything: keep it on the loopback interface, or on a network
+    that you trust.
 
     Example: [cyan]crdtstate relay --listen ws://127.0.0.1:8765 --store relay.db[/cyan]
     """
@@ -633,7 +637,7 @@ def run_relay(
     )
 
 
-@app.command()
+@app.command(rich_help_panel="Run")
 def simulate(
     agents: Annotated[
         int | None, typer.Option(min=2, help="How many; otherwise each seed decides.")
@@ -646,7 +650,9 @@ def simulate(
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Run whole fleets in virtual time, with everything that can go wrong, and check invariants.
+    """Run fleets in virtual time through all that can go wrong.
+
+    Invariants are checked at every step; a seed shows the same history again.
 
     Example: [cyan]crdtstate simulate --agents 20 --seed 7 --seeds 50[/cyan]
     """
@@ -654,23 +660,15 @@ def simulate(
 
     jobs = [(number, agents, changes, faults) for number in range(seed, seed + seeds)]
     workers = min(len(jobs), os.cpu_count() or 1)
-    # Ctrl-C is for this process; it takes the others along.
-    with concurrent.futures.ProcessPoolExecutor(workers, initializer=_ignore_sigint) as pool:
+    # Ctrl-C is for this process only: leaving the pool ends the others.
+    with multiprocessing.Pool(workers, _ignore_sigint) as pool:
         try:
-            running = [pool.submit(_run_seed, *job) for job in jobs]
-            done = concurrent.futures.as_completed(running)
-            console = Console(stderr=True)
-            shown = track(
-                done,
-                "Simulating",
-                total=len(jobs),
-                console=console,
-                transient=True,
-                disable=not console.is_terminal,
-            )
-            report = CampaignReport.of(future.result() for future in shown)
+            outcomes: Iterable[Any] = pool.imap_unordered(_run_seed, jobs)
+            if sys.stderr.isatty():
+                console = Console(stderr=True)
+                outcomes = track(outcomes, "Simulating", len(jobs), console=console, transient=True)
+            report = CampaignReport.of(outcomes)
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
             raise typer.Exit(130) from None
     if as_json:
         _print_json(report.as_json())
@@ -685,9 +683,10 @@ def _ignore_sigint() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _run_seed(seed: int, agents: int | None, changes: int, faults: bool) -> Any:
+def _run_seed(job: tuple[int, int | None, int, bool]) -> Any:
     from crdtstate.simulation import run_seed
 
+    seed, agents, changes, faults = job
     return run_seed(seed, agents=agents, changes=changes, faults=faults)
 
 
@@ -703,7 +702,7 @@ def _sum_up(report: Any) -> Iterator[tuple[str, str]]:
     yield "trace", report.trace
 
 
-@app.command()
+@app.command(rich_help_panel="Run")
 def demo(
     agents: Annotated[int, typer.Option(min=3, max=100, help="How many agent processes.")] = 10,
     path: Annotated[
@@ -716,13 +715,15 @@ def demo(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """See it work: agents survey a source tree together, some lose the network, one is killed.
+    """See it work: real processes, real work, real faults.
 
-    A relay and agents run as processes on this machine. At the end all replicas must be equal,
-    and what they hold together must be exactly what one process finds alone.
+    A relay and agents run as processes on this machine. The agents survey a
+    tree of Python source together, two of them lose the network meanwhile,
+    and one is killed. At the end all replicas must be equal, and what they
+    hold must be exactly what one process finds alone.
 
     Example: [cyan]crdtstate demo --agents 10[/cyan]
     """
     from crdtstate.demo.command import run
 
-    raise typer.Exit(_run(run(agents, path, seed=seed, keep=keep, as_json=as_json)))
+    _run(run(agents, path, seed=seed, keep=keep, as_json=as_json))

@@ -32,6 +32,7 @@ SEQ_MAX = 2**31 - 1
 """Larger sequence numbers are refused: yrs silently masks clocks to 32 bits."""
 
 COUNTER_BITS = 16
+COUNTER_MASK = (1 << COUNTER_BITS) - 1
 STAMP_MAX = 2**63 - 1
 
 
@@ -73,7 +74,7 @@ class Version(dict[int, int]):
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = None  # type: ignore[assignment]  # mutable, like the dict it is
+    __hash__ = None  # Mutable, like the dict it is.
 
     def concurrent_with(self, other: Mapping[int, int]) -> bool:
         """Whether each side has a change that the other lacks."""
@@ -177,7 +178,7 @@ class Stamp(int):
     @property
     def counter(self) -> int:
         """Tells stamps of the same millisecond apart."""
-        return int(self) & (2**COUNTER_BITS - 1)
+        return int(self) & COUNTER_MASK
 
     @property
     def time(self) -> datetime:

@@ -307,7 +307,9 @@ class Document:
         if lanes.settled:
             slots.update(dict.fromkeys(lanes.settle(SETTLED_PER_CHANGE, before)))
         # A removal that covers only where the own slot was adopted from is settled from the start.
-        lanes.settled.update((path, None) for path, slot in slots.items() if slot and slot.value is None)
+        lanes.settled.update(
+            (path, None) for path, slot in slots.items() if slot and slot.value is None
+        )
         return lanes.write(slots) if slots else b""
 
     def _sealed(self, update: bytes, origin: Origin | None, kind: int) -> Change:

@@ -100,7 +100,12 @@ class DocumentSet:
         """
         self._check_settled()
         self._seal_open()
-        return Cut({name: document.version for name, document in self._documents.items()})
+        versions = {name: document.version for name, document in self._documents.items()}
+        for name, document in self._open.items():
+            # It could not be sealed now; what is open becomes its next change.
+            writer = document.writer
+            versions[name] = Version({**versions[name], writer: versions[name].get(writer, 0) + 1})
+        return Cut(versions)
 
     @contextmanager
     def transaction(self, *, message: str = "", run: str = "") -> Iterator[None]:

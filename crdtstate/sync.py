@@ -163,6 +163,8 @@ class _Missing:
     target: int
     due: float
     tries: int = 0
+    # Who was asked last.
+    peer: int = 0
 
 
 @dataclass(slots=True)
@@ -555,14 +557,19 @@ class Sync:
                 before = self._version(change.document).get(change.writer, 0)
                 asked.setdefault((change.document, change.writer), before)
             self._take(link, change)
+        advanced: set[str] = set()
         for (name, writer), before in asked.items():
-            wanted = self._missing.get((name, writer))
-            if wanted is not None and self._version(name).get(writer, 0) > before:
-                wanted.tries = 0
-                wanted.due = self._now + self.config.want_retry
-        if frame.answer and frame.more:
-            for wanted in self._missing.values():
-                wanted.due = min(wanted.due, self._now)
+            if self._version(name).get(writer, 0) > before:
+                advanced.add(name)
+                if (wanted := self._missing.get((name, writer))) is not None:
+                    wanted.tries = 0
+                    wanted.due = self._now + self.config.want_retry
+        if frame.more and advanced:
+            # Ask this peer on, but only after an answer that helped: else two who cannot help
+            # each other yet would talk as fast as the network lets them.
+            for (name, _), wanted in self._missing.items():
+                if name in advanced and wanted.peer == link.peer:
+                    wanted.due = self._now
         if self._missing:
             self._arm_want()
 
@@ -769,7 +776,8 @@ class Sync:
                 for link in self.peers
                 if link.acked.get(name, _EMPTY).get(writer, 0) > have
             )
-            if not peers or name in self._downloads:
+            running = self._downloads.get(name)
+            if not peers or (running is not None and running.peer in self._links):
                 # Somebody's next HAVE, or the snapshot under way, will bring it up again.
                 if not peers:
                     del self._missing[name, writer]
@@ -782,6 +790,7 @@ class Sync:
             gaps = _gaps(writer, have + 1, last, sorted(parked.get((name, writer), ())))
             asks.setdefault((peer, name), []).extend(gaps)
             wanted.tries += 1
+            wanted.peer = peer
             pause = self.config.want_retry * 1.5 ** min(wanted.tries - 1, 10)
             wanted.due = now + min(pause, self.config.want_retry_max)
         for (peer, name), ranges in asks.items():

@@ -1,8 +1,8 @@
 """
 Mutants: bugs planted on purpose, to see whether the campaign finds them.
 
-Each is a function that patches one thing. ``python tests/mutants.py NAME`` plants it in this process,
-runs seeds until one fails, and prints how many that took and which invariant told. A mutant that
+Each is a function that patches one thing. ``python tests/mutants.py NAME SEEDS`` plants it in this
+process, runs seeds until one fails, and prints which, and which invariant told. A mutant that
 survives means that the campaign is too weak; one that merely crashes the harness does not count.
 """
 

@@ -191,6 +191,87 @@ def test_adopting_twice_counts_once() -> None:
     assert one.lanes.canonical() == two.lanes.canonical()
 
 
+def test_an_adopter_may_drop_what_a_change_it_has_not_seen_had_replaced() -> None:
+    # Seeds 881 and 1083: the closed writer's last change had reached only the other.
+    closed, heir, other = make(1), make(2), make(3)
+    closed.map("plan")["goal"] = "first"
+    relay(seal(closed), heir, other)
+    closed.map("plan")["goal"] = "last"
+    last = seal(closed)
+    relay(last, other)
+
+    adopted = heir.adopt(1)
+    relay(adopted, other)
+    relay(last, heir)
+
+    assert heir.map("plan")["goal"] == other.map("plan")["goal"] == "last"
+    assert heir.lanes.canonical() == other.lanes.canonical()
+
+
+def test_a_late_change_of_an_adopted_lane_may_move_what_was_adopted(small_segments: None) -> None:
+    # Seed 1475: the move of an old slot came when its adopter had taken it out of the lane.
+    closed, heir, other = make(1), make(2), make(3)
+    plan = closed.map("plan")
+    plan["old"] = 0
+    changes = [seal(closed)]
+    for number in range(12):
+        plan["goal"] = number
+        changes.append(seal(closed))
+    for change in changes[:3]:
+        relay(change, heir, other)
+    relay(heir.adopt(1), other)
+
+    for change in changes[3:]:
+        relay(change, heir, other)
+
+    assert dict(heir.map("plan")) == dict(other.map("plan")) == {"old": 0, "goal": 11}
+    assert heir.lanes.canonical() == other.lanes.canonical()
+
+
+def test_a_removal_of_what_was_adopted_leaves_nothing_behind() -> None:
+    # Seed 115: it covers the origin, which is gone already.
+    closed, heir = make(1), make(2)
+    closed.map("plan")["goal"] = "old"
+    relay(seal(closed), heir)
+    heir.adopt(1)
+    del heir.map("plan")["goal"]
+    seal(heir)
+
+    seal(heir)
+
+    assert heir.lanes.canonical() == {}
+
+
+def test_an_adopted_removal_that_covers_nothing_leaves_nothing_behind() -> None:
+    # Seeds 6 and 7.
+    closed, heir, other = make(1), make(2), make(3)
+    other.map("plan")["goal"] = "old"
+    relay(seal(other), closed, heir)
+    del closed.map("plan")["goal"]
+    relay(seal(closed), heir, other)
+    relay(other.seal(), closed, heir)
+
+    heir.adopt(1)
+    heir.seal()
+
+    assert heir.lanes.canonical() == {}
+
+
+def test_what_settles_while_it_is_written_to_is_dropped_later() -> None:
+    one, two = make(1), make(2)
+    two.map("plan")["goal"] = "theirs"
+    relay(seal(two), one)
+    del one.map("plan")["goal"]
+    del two.map("plan")["goal"]
+    relay(seal(two), one)
+
+    assert one.needs_tidying
+    seal(one)
+    one.seal()
+
+    assert one.lanes.canonical() == {}
+
+
 def test_a_snapshot_from_before_an_adoption_does_not_bring_the_slots_back() -> None:
     closed, heir, other = make(1), make(2), make(3)
     closed.put("mplan", "goal", pack("ship", "plan"))

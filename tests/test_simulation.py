@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -238,6 +239,35 @@ def test_a_disk_that_was_rolled_back_unnoticed_is_found_out_and_nothing_is_lost(
     assert dict(plan) == {"goal": "new", "note": "written before anybody told"}
     assert sim["agent-2"].counter("tokens").value == 5
     assert any("IdentityRollback" in str(moment) for moment in sim.events)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_rollback_loses_nothing_whatever_was_written_before_it_was_found_out(seed: int) -> None:
+    rng = random.Random(seed)
+    config = Config(log_bytes=rng.choice((1, 500, 2**20)), tidy_delay=0.2)
+    sim = Simulation(seed, agents=3, config=config)
+    sim["agent-0"].map("plan")["a"] = 0
+    sim.settle()
+    backup = sim.backup("agent-0")
+    for number in range(6):
+        for name in ("agent-0", "agent-1"):
+            sim[name].map("plan")[rng.choice("abc")] = number
+            sim[name].counter("tokens").increment()
+        sim.run(0.2)
+    sim.settle()
+
+    sim.crash("agent-0")
+    sim.put_back("agent-0", backup, unnoticed=True)
+    back = sim.restart("agent-0")
+    written = rng.randrange(3)
+    for number in range(written):
+        back.map("plan")["new"] = number
+        back.counter("tokens").increment()
+        sim.run(0.003)
+    sim.settle()
+
+    sim.assert_converged()
+    assert sim["agent-2"].counter("tokens").value == 12 + written
 
 
 def test_a_fleet_around_a_relay_goes_on_when_the_relay_does() -> None:

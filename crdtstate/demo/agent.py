@@ -1,9 +1,9 @@
 """
 One agent of the demo, as a process: ``python -m crdtstate.demo.agent``.
 
-It surveys its share of the files and records each in one transaction. What is recorded is done:
-after a kill it goes on where its store says that it was, and the transaction keeps it from counting
-anything twice.
+It has its share of the files parsed, by a child, and records each in one transaction. What is
+recorded is done: after a kill it goes on where its store says that it was, and the transaction
+keeps it from counting anything twice.
 
 It talks to the demo in lines. It is told ``go``, ``digest``, ``ping`` and ``delays``; it tells, as
 JSON, what it has done and taken in. When its standard input ends, so does it.
@@ -16,12 +16,15 @@ import asyncio
 import json
 import sys
 import time
+from asyncio.subprocess import PIPE
 from pathlib import Path
 from typing import Any
 
 from crdtstate.clock import Cut
 from crdtstate.config import Config
-from crdtstate.demo.survey import DOCUMENT, FILES, names, owner, record, summarise
+from crdtstate.demo import survey
+from crdtstate.demo.survey import DOCUMENT, FILES, Summary, names, owner, record
+from crdtstate.errors import CRDTStateError
 from crdtstate.events import Changed
 from crdtstate.relay import digests, leash
 from crdtstate.replica import Replica
@@ -67,14 +70,26 @@ class Agent:
 
     async def survey(self) -> None:
         """Do what is left of the share."""
-        for name in self.share:
-            if name in self._files:
-                continue
-            summary = await asyncio.to_thread(summarise, self.root / name)
-            with self.replica.transaction(message=name, run=self.run):
-                record(self._document, name, summary)
-            self._done += 1
-            self.report()
+        parser = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", survey.__file__, str(self.root), "-"), stdin=PIPE, stdout=PIPE
+        )
+        assert parser.stdin is not None and parser.stdout is not None
+        try:
+            for name in self.share:
+                if name not in self._files:
+                    parser.stdin.write(json.dumps(name).encode() + b"\n")
+                    self._record(name, await parser.stdout.readline())
+        finally:
+            parser.stdin.close()
+            await parser.wait()
+
+    def _record(self, name: str, answer: bytes) -> None:
+        if not answer:
+            raise CRDTStateError(f"{name}: the process that parses it has ended")
+        with self.replica.transaction(message=name, run=self.run):
+            record(self._document, name, Summary(**json.loads(answer)))
+        self._done += 1
+        self.report()
 
     def report(self, **more: Any) -> None:
         """Tell the demo how far it is, if that is news or there is *more* to say."""

@@ -14,16 +14,16 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from crdtstate.demo.fleet import Fleet
+from crdtstate.demo.fleet import DemoFailure, Fleet
 from crdtstate.demo.screen import Lines, Screen, Silence, Table
-from crdtstate.demo.story import Story
+from crdtstate.demo.story import Report, Story
 from crdtstate.errors import UsageError
 
 
 async def run(
     agents: int, path: Path | None, *, seed: int, keep: Path | None, as_json: bool
-) -> int:
-    """Run the demo and show it; return 0 if all was as it must be, else 1.
+) -> None:
+    """Run the demo and show it.
 
     Args:
         agents: How many, three at least.
@@ -33,7 +33,7 @@ async def run(
         as_json: Print only the report, as JSON.
 
     Raises:
-        CRDTStateError: It came to no verdict.
+        DemoFailure: Something was not as it must be.
         UsageError: An argument cannot be.
     """
     if agents < 3:
@@ -54,10 +54,17 @@ async def run(
             await fleet.close()
     report = story.report
     if as_json:
-        print(json.dumps({"ok": not report.differences, **asdict(report)}))
+        print(json.dumps({"ok": report.ok, **asdict(report)}))
     else:
         screen.conclude(report, keep)
-    return 1 if report.differences else 0
+    judge(report)
+
+
+def judge(report: Report) -> None:
+    """Raise DemoFailure if the replicas were not equal, or not right."""
+    if not report.ok:
+        first, more = report.differences[0], len(report.differences) - 1
+        raise DemoFailure(f"{first}" + (f" (and {more} more, see above)" if more else ""))
 
 
 def _end_on_sigterm() -> None:

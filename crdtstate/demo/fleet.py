@@ -119,11 +119,10 @@ class Fleet:
                 newest.merge(member.version)
         return newest
 
-    def lag(self, member: Member) -> int:
+    def lag(self, member: Member, newest: Version | None = None) -> int:
         """Changes that somebody has and *member* has not."""
-        return sum(
-            max(0, seq - member.version.get(writer, 0)) for writer, seq in self.newest().items()
-        )
+        wanted = self.newest() if newest is None else newest
+        return sum(max(0, seq - member.version.get(w, 0)) for w, seq in wanted.items())
 
     def store(self, member: Member) -> Path:
         return self.folder / f"{member.name}.db"

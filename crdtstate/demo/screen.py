@@ -96,9 +96,9 @@ class Lines(Screen):
 class Table(Screen):
     """A table of all members that is drawn again and again, and the news below."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, console: Console | None = None) -> None:
         super().__init__(fleet)
-        self._console = Console(highlight=False)
+        self._console = console or Console(highlight=False)
         self._live = Live(console=self._console, auto_refresh=False)
 
     @staticmethod
@@ -138,10 +138,9 @@ class Table(Screen):
         grid.add_column("state")
         fleet = self.fleet
         newest = fleet.newest()
-        for member in (*fleet.agents, fleet.relay):
+        for member in fleet.members:
             state = state_of(fleet, member)
             known = bool(member.version) and state != "killed"
-            lag = sum(max(0, seq - member.version.get(w, 0)) for w, seq in newest.items())
             is_relay = member is fleet.relay
             grid.add_row(
                 member.name,
@@ -149,7 +148,7 @@ class Table(Screen):
                 "" if is_relay or not member.of else f"{member.done}/{member.of}",
                 str(member.peers) if known else "-",
                 str(member.version.total) if known else "-",
-                str(lag) if known else "-",
+                str(fleet.lag(member, newest)) if known else "-",
                 Text(state, COLOURS[state]),
             )
         return grid
@@ -206,7 +205,7 @@ def verdict(report: Report, keep: Path | None) -> Iterator[tuple[str, str]]:
             )
     for difference in report.differences:
         yield "WRONG", difference
-    if not report.differences:
+    if report.ok:
         equal = f"{report.replicas} replicas and a newcomer have equal content"
         yield "ok", f"{equal} (digest {report.digest})"
         yield "ok", "it is exactly what one process finds alone"

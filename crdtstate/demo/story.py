@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from crdtstate.clock import Cut
+from crdtstate.demo import survey
 from crdtstate.demo.fleet import DemoFailure, Fleet, Member, last_line
 from crdtstate.demo.survey import DOCUMENT, Survey, differences, names, read
 from crdtstate.relay import digests
@@ -31,6 +32,9 @@ CUT_AT, KILL_AT, RESTART_AT, MEND_AT = 0.2, 0.4, 0.5, 0.6
 
 CUT_MIN = 2.0
 """Seconds that a cut lasts at least."""
+
+ROUNDS_MAX = 100
+"""Comparisons of replicas that tidy up meanwhile; a few are the rule."""
 
 PINGS = 50
 """Changes by which the latency at rest is measured."""
@@ -87,6 +91,11 @@ class Report:
     stores_verified: int = 0
     elapsed_s: float = 0.0
     differences: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether all was as it must be."""
+        return not self.differences
 
 
 class Story:
@@ -160,7 +169,7 @@ class Story:
         """What one process finds, without any replica."""
         with (self.fleet.folder / "alone.log").open("wb") as log:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "crdtstate.demo.survey", str(self.fleet.root)),
+                *(sys.executable, "-P", survey.__file__, str(self.fleet.root)),
                 stdin=PIPE,
                 stdout=PIPE,
                 stderr=log,
@@ -292,7 +301,7 @@ class Story:
         """Wait until all replicas have the same changes, then compare what they made of them."""
         fleet, report = self.fleet, self.report
         begin = time.monotonic()
-        while True:
+        for _ in range(ROUNDS_MAX):
             await fleet.until(
                 lambda: all(fleet.lag(member) == 0 for member in fleet.members),
                 "all replicas to have all changes",
@@ -302,6 +311,8 @@ class Story:
             # Else somebody has just tidied up, which is a change too.
             if len({answer["version"] for answer in found.values()}) == 1:
                 break
+        else:
+            raise DemoFailure("the replicas make changes without end")
         report.converge_s = self._elapsed(begin)
         report.replicas = len(found)
         report.digest = found["relay"]["documents"][DOCUMENT]
@@ -317,7 +328,7 @@ class Story:
         """Read the shared survey as a replica that has only just heard of it."""
         begin = time.monotonic()
         async with Replica("newcomer", peers=[self.fleet.url]) as replica:
-            while True:
+            for _ in range(ROUNDS_MAX):
                 await replica.synced(60)
                 mine, theirs = digests(replica), await self.fleet.get("/digest")
                 if mine["version"] == theirs["version"]:

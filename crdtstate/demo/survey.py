@@ -5,7 +5,10 @@ The work of the demo: what is in a tree of Python source.
 of the name gives it (`owner`) and records them in a shared document (`record`). `read` gets the
 sum of their work back out of a document; `differences` says where two surveys are not the same.
 
-Run as ``python -m crdtstate.demo.survey DIR`` it prints the survey of one process as JSON.
+As a program this file needs nothing but the standard library, so that it starts in no time:
+``survey.py DIR`` prints the survey of one process, and ``survey.py DIR -`` summarises the files
+whose names it reads, a line of JSON for each. An agent has its files parsed by such a program,
+because parsing in its own process would hold up everything else there.
 """
 
 from __future__ import annotations
@@ -15,14 +18,15 @@ import hashlib
 import json
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from crdtstate.document import Document
-from crdtstate.relay import leash
+if TYPE_CHECKING:
+    from crdtstate.document import Document
 
 DOCUMENT = "survey"
 FILES = "files"
@@ -41,7 +45,7 @@ class Summary:
     lines: int
     functions: int = 0
     classes: int = 0
-    modules: frozenset[str] = frozenset()
+    modules: tuple[str, ...] = ()
     unparsable: bool = False
 
     def entry(self) -> dict[str, int]:
@@ -114,7 +118,7 @@ def summarise(path: Path) -> Summary:
                 modules.update(alias.name.partition(".")[0] for alias in node.names)
             case ast.ImportFrom(module=str(module), level=0):
                 modules.add(module.partition(".")[0])
-    return Summary(lines, functions, classes, frozenset(modules))
+    return Summary(lines, functions, classes, tuple(sorted(modules)))
 
 
 def survey(root: Path) -> Survey:
@@ -126,7 +130,7 @@ def survey(root: Path) -> Survey:
         found.files[name] = summary.entry()
         for counter, count in _counts(summary):
             found.counters[counter] += count
-        modules |= summary.modules
+        modules.update(summary.modules)
         found.largest = max(found.largest or [-1, ""], [summary.lines, name])
     found.modules = sorted(modules)
     return found
@@ -148,7 +152,7 @@ def record(document: Document, name: str, summary: Summary) -> None:
     document.map(FILES)[name] = summary.entry()
     for counter, count in _counts(summary):
         document.counter(counter).increment(count)
-    document.set(MODULES).update(sorted(summary.modules))
+    document.set(MODULES).update(summary.modules)
     largest = document.register(LARGEST, strategy="max")
     mine = [summary.lines, name]
     if not largest.is_set or mine > largest.value:
@@ -190,6 +194,26 @@ def _differing(what: str, wanted: dict[str, Any], found: dict[str, Any]) -> Iter
             yield f"{what} {key} is {found[key]}, not {wanted[key]}"
 
 
+# As a program
+
+
+def main() -> None:
+    """Survey a tree, or summarise files by name; end when standard input does."""
+    root = Path(sys.argv[1])
+    if sys.argv[2:] == ["-"]:
+        for line in sys.stdin:
+            summary = asdict(summarise(root / json.loads(line)))
+            print(json.dumps(summary), flush=True)
+        return
+
+    def end_with_stdin() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=end_with_stdin, daemon=True).start()
+    json.dump(asdict(survey(root)), sys.stdout)
+
+
 if __name__ == "__main__":
-    leash.follow(lambda: os._exit(1))
-    json.dump(asdict(survey(Path(sys.argv[1]))), sys.stdout)
+    main()

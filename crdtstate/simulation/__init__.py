@@ -11,7 +11,8 @@ histories that are as nasty as chance can, `diagram` shows one.
 """
 
 from crdtstate.simulation.campaign import CampaignReport, Failure, Outcome, run_campaign, run_seed
-from crdtstate.simulation.world import SimulatedReplica, Simulation
+from crdtstate.simulation.shell import SimulatedReplica
+from crdtstate.simulation.world import Simulation
 
 __all__ = [
     "CampaignReport",

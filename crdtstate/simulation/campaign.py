@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from crdtstate import document as document_module
@@ -24,6 +25,7 @@ from crdtstate import sync as sync_module
 from crdtstate import wire as wire_module
 from crdtstate.config import Config
 from crdtstate.document import Document
+from crdtstate.simulation.disk import Image
 from crdtstate.simulation.network import Datagrams
 from crdtstate.simulation.oracle import TOKENS, Violation
 from crdtstate.simulation.shell import SimulatedReplica
@@ -37,6 +39,9 @@ ACTIVE = 8.0
 
 SETTLING = 90.0
 """Seconds after which a repaired fleet must be equal."""
+
+COPIES_MAX = 5
+"""Times that a change may be sent to each replica, whatever goes wrong."""
 
 MESH_MAX = 16
 """Agents that are connected with each other; more go through a relay."""
@@ -195,6 +200,10 @@ class _History:
         except AssertionError as exc:
             raise Violation("I1", f"no convergence: {exc}") from exc
         self._compare_views()
+        oracle = self.sim.oracle
+        changes = sum(len(births) for births in oracle.births.values())
+        limit = COPIES_MAX * changes * (len(self.sim.names) - 1) + 200
+        oracle.expect(oracle.copies <= limit, "I6", f"{oracle.copies} copies of {changes} changes")
         for replica in self.sim.replicas:
             self.sim.oracle.check_leftovers(replica)
 
@@ -216,7 +225,7 @@ class _History:
             at = self.rng.uniform(0.05, self.active)
             burst = min(left, self.rng.choice((1, 1, 1, 2, 3, 5)))
             name = self.rng.choice(self.sim.names)
-            self.sim.at(at, lambda name=name, burst=burst: self.write(name, burst))
+            self.sim.at(at, partial(self.write, name, burst))
             left -= burst
 
     def write(self, name: str, count: int) -> None:
@@ -297,7 +306,7 @@ class _Calm(_History):
         for _ in range(self.changes):
             at = self.rng.uniform(1.0, self.active)
             name = self.rng.choice(self.sim.names)
-            self.sim.at(at, lambda name=name: self.write(name, 1))
+            self.sim.at(at, partial(self.write, name, 1))
         self.sim.run(self.active - 1.0)
         self.settle()
 
@@ -318,6 +327,8 @@ class _Nasty(_History):
             options["duplication"] = rng.choice((0.0, 0.1))
             options["reordering"] = rng.choice((0.0, 0.2))
         super().__init__(seed, rng, agents, changes, **options)
+        self.is_repaired = False
+        self.backups: dict[str, Image] = {}
         self.snipes = rng.choice((0, 0, 1, 2))
         self.segment_slots = rng.choice((2, 3, 5, 1000))
         self.chunk_bytes = rng.choice((100, 400, 65536))
@@ -355,6 +366,7 @@ class _Nasty(_History):
             (self._jump_clock, 1),
             (self._slow_disk, 1),
             (self._fail_engine, 1),
+            (self._back_up, 1),
         ]
 
     def _look(self) -> None:
@@ -396,7 +408,7 @@ class _Nasty(_History):
         self.sim.at(self.sim.now + delay, lambda: self._crash_now(name, power))
 
     def _crash_now(self, name: str, power: bool) -> None:
-        if self.sim.up(name) is None:
+        if self.sim.up(name) is None or self.is_repaired:
             return
         if not power and self.rng.random() < 0.2:
             self.sim.close(name)
@@ -406,8 +418,16 @@ class _Nasty(_History):
         self.sim.at(self.sim.now + pause, lambda: self._raise(name))
 
     def _raise(self, name: str) -> None:
-        if self.sim.up(name) is None:
-            self.sim.restart(name)
+        if self.sim.up(name) is not None:
+            return
+        if name in self.backups and self.rng.random() < 0.5:
+            self.sim.put_back(name, self.backups.pop(name))
+        self.sim.restart(name)
+
+    def _back_up(self) -> None:
+        """Make a backup, perhaps to be used after a crash."""
+        name = self.rng.choice(self.sim.names)
+        self.backups[name] = self.sim.backup(name)
 
     def _cut_power(self) -> None:
         """All, or nearly all, at the same instant."""
@@ -447,19 +467,21 @@ class _Nasty(_History):
 
     def repair(self) -> None:
         """End all that is wrong."""
+        self.is_repaired = True
         sim = self.sim
         sim.snooze()
         sim.heal()
         sim.datagrams = Datagrams()
         for name in sim.names:
             replica = sim.up(name)
-            for document in replica.documents() if replica else ():
+            if replica is None:
+                sim.restart(name)
+                continue
+            for document in replica.documents():
                 sim.oracle.fail_engine(replica, document, False)
-            if replica is not None and replica.core.has_quarantine:
+            if replica.core.has_quarantine:
                 # What an engine failed on is tried again by the next process only.
                 sim.close(name)
-                replica = None
-            if replica is None:
                 sim.restart(name)
 
 

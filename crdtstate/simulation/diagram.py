@@ -148,7 +148,7 @@ class Diagram:
                 x, end = self._x(start), self._x(moment.at)
                 yield (
                     f'<rect x="{x}" y="{_TOP}" width="{round(end - x, 1)}" '
-                    f'height="{height - _TOP - 30}" fill="#f6e9c8"><title>partitioned</title></rect>'
+                    f'height="{height - _TOP - 30}" fill="#f6e9c8"/>'
                     f'<text x="{x + 4}" y="{_TOP - 4}" fill="#8a6d1f">partition</text>'
                 )
                 start = None

@@ -182,9 +182,11 @@ class Disk:
     def load(self) -> Iterator[Saved | Entry]:
         """Yield all snapshots, then the newer committed entries, in the order of delivery."""
         for item in self._image.load():
-            is_saved = isinstance(item, Saved)
-            if is_saved or self.version(item.document).covers((item.writer, item.seq)):
-                yield item
+            if isinstance(item, Entry):
+                dot = (item.writer, item.seq)
+                if not self.version(item.document).covers(dot):
+                    continue
+            yield item
 
     def version(self, document: str) -> Version:
         """What is committed of *document*."""
@@ -193,6 +195,10 @@ class Disk:
     def floor(self, document: str) -> Version:
         """Up to which change of each writer the journal has forgotten."""
         return self._image.floor(document)
+
+    def size(self, document: str) -> int:
+        """Bytes of changes that the document's snapshot does not contain."""
+        return self._image.size(document)
 
     def documents(self) -> list[str]:
         """The documents of which something is on the disk."""

@@ -15,7 +15,6 @@ import heapq
 from collections.abc import Callable
 from typing import Any, Protocol
 
-
 AT_ONCE_MAX = 50_000
 """Things that happen at one moment; more means that something does so for ever."""
 

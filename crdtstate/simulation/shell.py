@@ -116,7 +116,7 @@ class SimulatedReplica(DocumentSet):
         self.core = sync.Sync(self, self._hello(), self.config, self.rng, now)
         for name, version in self.versions():
             self._base[name] = version.get(self._writer, 0)
-            self.core.restore(name, version, disk.floor(name))
+            self.core.restore(name, version, disk.floor(name), disk.size(name))
             self._clock.observe(self._documents[name].stamp, 2**47)
         disk.start(self.agent, self._writer, self._wake)
         self._oracle.started(self)
@@ -263,6 +263,8 @@ class SimulatedReplica(DocumentSet):
         self._oracle.saved(self, effect.document, effect.version)
         saved = Saved(effect.document, effect.version, effect.data)
         self._disk.compact(saved, int(self.config.log_bytes))
+        own = effect.version.get(self._writer, 0)
+        self._base[effect.document] = max(own, self._base.get(effect.document, 0))
         self._tickets.append((self._disk.append(()), effect.number))
         self.core.compacted(effect.document, self._disk.floor(effect.document))
 
@@ -309,6 +311,8 @@ class SimulatedReplica(DocumentSet):
     def _reidentify(self, reason: str) -> None:
         old, new = self._writer, draw_writer(self.rng)
         self._oracle.reidentified(self, reason)
+        for name, seq in self.core.own_acked.items():
+            self._base[name] = max(seq, self._base.get(name, 0))
         self._tickets.clear()
         self._disk.forget(old, self._base)
         self._disk.start(self.agent, new, self._wake)
@@ -318,7 +322,8 @@ class SimulatedReplica(DocumentSet):
 
         def load(document: Document) -> None:
             self._load_document(document)
-            self.core.restore(document.name, document.version, self._disk.floor(document.name))
+            name, disk = document.name, self._disk
+            self.core.restore(name, document.version, disk.floor(name), disk.size(name))
 
         for document in list(self._documents.values()):
             self.reload(document, new, load)

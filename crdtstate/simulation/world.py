@@ -12,7 +12,7 @@ import hashlib
 import random
 from collections.abc import Callable, Collection, Iterator
 from struct import pack
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from crdtstate import wire
 from crdtstate.clock import Version
@@ -168,7 +168,7 @@ class Simulation:
         return self._trace.hexdigest()
 
     def diagram(self, since: float = 0.0, until: float | None = None) -> Diagram:
-        """Who wrote and saw what when, as a space-time diagram (text, or a picture in notebooks)."""
+        """Who wrote and saw what when: text, or a picture in notebooks."""
         end = self.now if until is None else until
         moments = [moment for moment in self.events if since <= moment.at <= end]
         return Diagram(self.names, moments, since, end)
@@ -354,7 +354,7 @@ class Simulation:
         host = self._host(name)
         if host.replica is not None:
             raise UsageError(f"{name} is running; crash it first")
-        self.oracle.rolled_back(host.index)
+        self.oracle.rolled_back(host.index, unnoticed=unnoticed)
         host.disk.put_back(backup, unnoticed=unnoticed)
 
     def restart(self, name: str) -> SimulatedReplica:

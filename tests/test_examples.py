@@ -1,0 +1,66 @@
+"""The examples run, and print what they say they do."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+SHOWN = {
+    "quickstart.py": """\
+bob reads: ship it 120
+ann reads: 150 {'python'}
+leader: bob
+<Replica ann 1 peers 1 documents>
+""",
+    "offline_and_back.py": """\
+tokens: 12
+conflicts: ['goal']
+plan['goal'] = 'ship it today' (lww)
+  -> 'ship it today' by ann at TIME
+     'ship it on Friday' by bob at TIME
+bob reads: ship it on Friday []
+""",
+    "shared_plan.py": """\
+read the code: ann
+write a test: bob
+fix the bug: eve
+write the docs: ann
+tidy up: bob
+release: eve
+tokens: 615
+lessons: 6
+""",
+    "blocking_agent.py": """\
+the relay has: {'task-0': 0, 'task-1': 1, 'task-2': 4, 'task-3': 9, 'task-4': 16, 'task-5': 25, \
+'task-6': 36, 'task-7': 49}
+tokens: 80
+""",
+}
+
+
+def test_every_example_is_tested():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == SHOWN.keys()
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_an_example_prints_what_it_should(name):
+    result = subprocess.run(
+        [sys.executable, "-W", "error", EXAMPLES / name],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.sub(r"\d{4}-\S+\+00:00", "TIME", result.stdout) == SHOWN[name]
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_an_example_fits_on_a_screen_or_two(name):
+    assert len((EXAMPLES / name).read_text().splitlines()) <= 70
