@@ -27,6 +27,7 @@ from benchmarks.measure import Effort, Result, cpu
 from crdtstate import Cut, Map, Replica, Version, wire
 from crdtstate.config import Config
 from crdtstate.documents import DocumentSet
+from crdtstate.identity import draw_writer
 from crdtstate.sync import Persist, Send, Sync
 
 LOCAL = "ws://127.0.0.1:0"
@@ -232,7 +233,8 @@ async def _write(plan: Map, order: _Order) -> None:
 class _Node(DocumentSet):
     """A replica's core without a shell: what it sends is laid out to be fetched."""
 
-    def __init__(self, agent: str, writer: int, role: wire.Role) -> None:
+    def __init__(self, agent: str, role: wire.Role) -> None:
+        writer = draw_writer(random.Random(agent))
         super().__init__(agent, writer, lambda: time.time_ns() // 1_000_000)
         hello = wire.Hello(wire.PROTOCOL_MIN, wire.PROTOCOL_MAX, writer, writer, agent, role)
         self.sync = Sync(self, hello, Config(), random.Random(writer), time.monotonic())
@@ -263,8 +265,8 @@ class _Star:
     """Agents around a relay. Connection n of the relay is agent n's only one, its number 0."""
 
     def __init__(self, agents: int) -> None:
-        self.relay = _Node("relay", 1, "relay")
-        self.agents = [_Node(f"agent-{n}", n + 2, "agent") for n in range(agents)]
+        self.relay = _Node("relay", "relay")
+        self.agents = [_Node(f"agent-{n}", "agent") for n in range(agents)]
         now = time.monotonic()
         for number, agent in enumerate(self.agents):
             self.relay.sync.peer_up(number, now, dialled=False)

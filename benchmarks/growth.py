@@ -2,13 +2,14 @@
 Growth: what a million writes leave behind.
 
 A Yjs document remembers every write it ever took, which is what lanes are for (see
-`crdtstate.lanes`). Each case writes in a process of its own and hands its state over every 10,000
-writes; here the live slots of that state are put into fresh lanes, which is the least that lanes
-can be. The state must stay below twice that and 40 KB, at every sample. A bare `pycrdt.Map` that
-is overwritten the same way stands beside it, as naive.
+`crdtstate.lanes`). Each case writes in a process of its own, where a reader follows, and hands the
+states of both over every 10,000 writes; here the live slots are put into fresh lanes, which is the
+least that lanes can be. The larger state must stay below twice that and 40 KB, at every sample. A
+bare `pycrdt.Map` that is overwritten the same way stands beside it, as naive.
 
 No single change may take long either. A machine that has others to serve makes some of 200,000
-wait, so each case runs twice, and each change counts with the shorter of its two times.
+wait, so each case runs twice, and each change counts with the shorter of its two times. The second
+run has no reader where there is one writer, so that memory is that of one document.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ CASES = (
 class _Final:
     """What a case's process knows in the end."""
 
-    state: bytes
+    states: list[bytes]
     snapshot: bytes
     contents: dict[str, int]
     grown: int
@@ -103,20 +104,23 @@ def growth(effort: Effort, cases: tuple[Case, ...] = CASES) -> list[Result]:
 
 
 def _results(case: Case, rounds: int) -> Iterator[Result]:
-    worst, live, ours = _watch(case, case.interval)
-    _, _, again = _watch(case, case.writes) if rounds > 1 else (worst, live, ours)
+    worst, live, ours = _watch(case)
+    again = ours
+    if rounds > 1:
+        with Child(_write, case, False) as child:
+            again = child.receive()
     with Child(_write_naively, case) as child:
         naive: _Final = child.receive()
-    size = len(ours.state)
+    size = max(map(len, ours.states))
     loads = by_turns(
         rounds,
         lambda: _load(case, ours),
-        lambda: _bare_load(ours.state),
-        lambda: _bare_load(naive.state),
+        lambda: _bare_load(ours.states[-1]),
+        lambda: _bare_load(naive.states[-1]),
     )
     load_ms, bare_ms, naive_ms = (1000 * taken for taken in loads)
     bound = Target("<= 2x + 40 KB, always", lambda _: worst <= 1)
-    naive_kb = f"naive {len(naive.state) / 1024:,.1f} KB"
+    naive_kb = f"naive {len(naive.states[-1]) / 1024:,.1f} KB"
     at_worst = f"at worst {worst:.2f} of the bound"
     sealing = sorted(map(min, ours.sealing, again.sealing))
     longest, median = 1000 * sealing[-1], 1000 * sealing[len(sealing) // 2]
@@ -129,7 +133,7 @@ def _results(case: Case, rounds: int) -> Iterator[Result]:
         f"live slots in fresh lanes; {at_worst}; {naive_kb}",
     )
     yield Result(
-        f"{case.name}: memory", "MB", ours.grown / 2**20, naive.grown / 2**20, None, "naive"
+        f"{case.name}: memory", "MB", again.grown / 2**20, naive.grown / 2**20, None, "naive"
     )
     note = f"bare apply_update of the same; naive {naive_ms:,.1f}"
     yield Result(f"{case.name}: load", "ms", load_ms, bare_ms, None, note)
@@ -138,17 +142,17 @@ def _results(case: Case, rounds: int) -> Iterator[Result]:
     yield Result(f"{case.name}: longest change", "ms", longest, None, target, note)
 
 
-def _watch(case: Case, interval: int) -> tuple[float, int, _Final]:
+def _watch(case: Case) -> tuple[float, int, _Final]:
     """Let a process write; return the largest part of the allowed size that a sample took, the
     live size in the end, and what the process knows."""
     worst, live = 0.0, 0
-    with Child(_write, case, interval) as child:
+    with Child(_write, case, True) as child:
         while True:
             message = child.receive()
             if isinstance(message, _Final):
                 return worst, live, message
-            live = _live_size(message)
-            worst = max(worst, len(message) / (2 * live + ALLOWANCE))
+            live = _live_size(message[0])
+            worst = max(worst, max(map(len, message)) / (2 * live + ALLOWANCE))
 
 
 def _live_size(state: bytes) -> int:
@@ -169,7 +173,7 @@ def _live_size(state: bytes) -> int:
 
 
 def _load(case: Case, final: _Final) -> float:
-    documents = new_documents(1)
+    documents = new_documents()
 
     def load() -> None:
         snapshot = Snapshot.decode(final.snapshot)
@@ -198,13 +202,17 @@ def _keys(case: Case) -> list[str]:
 # In the process of a case
 
 
-def _write(pipe: Pipe, case: Case, interval: int) -> None:
-    """Write to documents, one for each writer, which a reader follows if there are several."""
+def _write(pipe: Pipe, case: Case, is_watched: bool) -> None:
+    """Write to documents, one for each writer, which a reader follows."""
     rng, keys = random.Random(1), _keys(case)
     before = resident()
-    authors = [new_documents(100 + number) for number in range(case.writers)]
-    reader = authors[0] if case.writers == 1 else new_documents(1)
-    document = reader.document("main")
+    authors = [new_documents(1 + number) for number in range(case.writers)]
+    is_followed = is_watched or case.writers > 1
+    reader = new_documents() if is_followed else authors[0]
+    # Whose state has all of it.
+    wholes = [reader.document("main")]
+    if case.writers == 1 and is_followed:
+        wholes.append(authors[0].document("main"))
     writings = [_writing(author, case) for author in authors]
     sealing = array("d")
     for start in range(0, case.writes, case.per_change):
@@ -214,14 +222,14 @@ def _write(pipe: Pipe, case: Case, interval: int) -> None:
         before_seal = time.process_time()
         changes = [change for change, _ in authors[turn].take_sealed()]
         sealing.append(time.process_time() - before_seal)
-        if case.writers > 1:
+        if is_followed:
             _apply(reader, changes)
-        if (start + case.per_change) % interval < case.per_change:
-            pipe.send(document.engine.state())
+        if is_watched and (start + case.per_change) % case.interval < case.per_change:
+            pipe.send([document.engine.state() for document in wholes])
     grown = resident() - before
-    snapshot = document.snapshot().encode()
-    contents = _contents(reader, case)
-    pipe.send(_Final(document.engine.state(), snapshot, contents, grown, sealing))
+    states = [document.engine.state() for document in wholes]
+    snapshot = wholes[0].snapshot().encode()
+    pipe.send(_Final(states, snapshot, _contents(reader, case), grown, sealing))
 
 
 def _writing(documents: DocumentSet, case: Case) -> Callable[[str, int], None]:
@@ -263,4 +271,4 @@ def _write_naively(pipe: Pipe, case: Case) -> None:
     grown = resident() - before
     for doc, subscription in zip(docs, subscriptions, strict=True):
         doc.unobserve(subscription)
-    pipe.send(_Final(reader.get_update(), b"", {}, grown, array("d")))
+    pipe.send(_Final([reader.get_update()], b"", {}, grown, array("d")))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import random
 import resource
 import statistics
 import sys
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from crdtstate.documents import DocumentSet
+from crdtstate.identity import draw_writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,10 @@ def resident() -> int:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def new_documents(writer: int = 7) -> DocumentSet:
-    """A set of documents as a replica is one, without anything around it."""
-    return DocumentSet(f"agent-{writer}", writer, lambda: time.time_ns() // 1_000_000)
+def new_documents(number: int = 0) -> DocumentSet:
+    """A set of documents as a replica is one, without anything around it.
+
+    Its writer is as long as a replica's, drawn for *number*: sizes depend on it.
+    """
+    writer = draw_writer(random.Random(number))
+    return DocumentSet(f"agent-{number}", writer, lambda: time.time_ns() // 1_000_000)

@@ -75,9 +75,9 @@ def _counter_read(effort: Effort, lanes: int) -> Result:
 
 def _counted(lanes: int) -> DocumentSet:
     """Documents in which so many writers have counted."""
-    reader = new_documents(1000)
-    for writer in range(1, lanes + 1):
-        documents = new_documents(writer)
+    reader = new_documents()
+    for number in range(1, lanes + 1):
+        documents = new_documents(number)
         documents.counter("tokens").increment(120)
         documents.counter("tokens").decrement(3)
         for change, _ in documents.take_sealed():

@@ -27,7 +27,6 @@ from crdtstate.documents import DocumentSet
 from crdtstate.stores import Entry, Saved
 from crdtstate.stores.journal import Journal
 
-WRITER = 7
 SIZES = (10_000, 100_000)
 
 
@@ -54,7 +53,7 @@ def recovery(effort: Effort) -> list[Result]:
 
 
 def _content(keys: int) -> _Content:
-    documents = new_documents(WRITER)
+    documents = new_documents()
     plan = documents.map("plan")
     changes: list[Change] = []
     for number in range(keys):
@@ -93,7 +92,7 @@ def _opening(content: _Content, keys: int, rounds: int) -> list[Result]:
 def _store(path: Path, changes: Sequence[Change], snapshot: Snapshot | None) -> None:
     """Make the file that a replica leaves behind."""
     journal = Journal(path)
-    journal.start("agent", WRITER, lambda: None)
+    journal.start("agent", changes[0].writer, lambda: None)
     for start in range(0, len(changes), 1000):
         part = changes[start : start + 1000]
         journal.append([Entry(c.document, c.writer, c.seq, c.data) for c in part])
@@ -137,7 +136,7 @@ def _snapshots(content: _Content, keys: int, rounds: int) -> list[Result]:
 
     def join() -> None:
         snapshot = Snapshot.decode(data)
-        new_documents(8).document("main").join(snapshot)
+        new_documents(1).document("main").join(snapshot)
 
     encoding = by_turns(
         rounds,

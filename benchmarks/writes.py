@@ -25,8 +25,10 @@ from crdtstate.stores import Entry
 from crdtstate.stores.journal import Journal
 
 KEYS = [f"key-{number}" for number in range(1000)]
-ROW_BYTES = 120
+ROW_BYTES = 130
 """What a change of one small write takes."""
+
+WRITER = 2**52
 
 JOURNALED_TARGET = 40_000
 
@@ -129,7 +131,7 @@ def _journaled(effort: Effort, files: _Files) -> list[Result]:
 def _saved(count: int, batch: int, files: _Files) -> float:
     documents = new_documents()
     journal = Journal(files.new())
-    journal.start("agent", 7, lambda: None)
+    journal.start("agent", WRITER, lambda: None)
 
     def write() -> None:
         plan = documents.map("plan")
@@ -196,10 +198,10 @@ def _appends(effort: Effort, files: _Files) -> list[Result]:
 
 def _append(commits: int, batch: int, files: _Files) -> float:
     journal = Journal(files.new())
-    journal.start("agent", 7, lambda: None)
+    journal.start("agent", WRITER, lambda: None)
     data = bytes(ROW_BYTES)
     batches = [
-        [Entry("main", 7, commit * batch + place + 1, data) for place in range(batch)]
+        [Entry("main", WRITER, commit * batch + place + 1, data) for place in range(batch)]
         for commit in range(commits)
     ]
 

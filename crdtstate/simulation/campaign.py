@@ -34,7 +34,7 @@ from crdtstate.simulation.world import Simulation
 CHANGES = 60
 """Writes of one seed, unless told otherwise."""
 
-ACTIVE = 8.0
+ACTIVE = 7.0
 """Seconds in which they are made, and things go wrong."""
 
 SETTLING = 90.0
@@ -356,7 +356,7 @@ class _Nasty(_History):
     def _faults(self) -> list[tuple[Callable[[], None], int]]:
         """What may go wrong, and how often at most."""
         return [
-            (self._flap, 5),
+            (self._flap, 4),
             (self._swallow, 2),
             (self._part, 2),
             (self._crash, 4),

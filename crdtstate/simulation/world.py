@@ -26,6 +26,9 @@ from crdtstate.simulation.oracle import Oracle
 from crdtstate.simulation.schedule import Schedule
 from crdtstate.simulation.shell import Host, SimulatedReplica
 
+MUTUAL = 0.3
+"""How many of the pairs in a mesh dial each other both; one of their connections stays."""
+
 STEP = 0.1
 """Seconds between two looks whether what is waited for has come."""
 
@@ -76,8 +79,8 @@ class Simulation:
         self.events: list[Moment] = []
         self._rng = random.Random(f"crdtstate {seed}")
         self._schedule = Schedule()
-        # Knows what must be true, and asserts it.
         self._trace = hashlib.blake2b(digest_size=16)
+        # Knows what must be true, and asserts it.
         self.oracle = Oracle(lambda: self._schedule.now, self._on_moment)
         self._network = Network(
             self._schedule,
@@ -93,6 +96,8 @@ class Simulation:
         self._edges = sorted(self._plan_edges(agents, relays))
         for one, two in self._edges:
             self._hosts[one].diallers.append(Dialler(self._network, one, two))
+            if self._rng.random() < MUTUAL and not relays:
+                self._hosts[two].diallers.append(Dialler(self._network, two, one))
         for host in self._hosts:
             self._start(host)
 
