@@ -203,12 +203,15 @@ class Fleet:
 
     async def _ended(self, member: Member) -> int:
         assert member.process is not None and member.listener is not None
-        await member.listener
+        # Who is cancelled while waiting must not cancel the listener: others wait for it too.
+        await asyncio.wait([member.listener])
         return await member.process.wait()
 
     async def close(self) -> None:
         """Kill whoever still runs. Idempotent."""
         started = [member for member in (*self.agents, self.relay) if member.process is not None]
+        for proxy in self.proxies.values():
+            proxy.close()
         if self._poller is not None:
             self._poller.cancel()
         for member in started:
@@ -218,8 +221,6 @@ class Fleet:
                 member.process.kill()
         for member in started:
             await self._ended(member)
-        for proxy in self.proxies.values():
-            proxy.close()
 
     # Talking
 
@@ -270,6 +271,8 @@ class Fleet:
         """Take note of all that a process says."""
         assert process.stdout is not None
         async for line in process.stdout:
+            if not line.endswith(b"\n"):
+                break  # It was killed in the middle of the line.
             said = json.loads(line)
             for name in ("done", "of", "peers"):
                 setattr(member, name, said.pop(name, getattr(member, name)))
