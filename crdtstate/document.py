@@ -467,6 +467,7 @@ class Document:
 
     def snapshot(self) -> Snapshot:
         """The document at exactly its version; the open change is not part of it."""
+        assert not self.is_broken, f"{self.name!r} must be rebuilt first"
         return Snapshot(
             self.name,
             self.shared,
@@ -485,6 +486,7 @@ class Document:
             InvalidUpdate: The snapshot breaks the rules; nothing changed.
             EngineFailure: pycrdt failed; the document must be rebuilt.
         """
+        assert not self.is_broken, f"{self.name!r} must be rebuilt first"
         if snapshot.shared != self.shared:
             raise InvalidUpdate(f"a snapshot of {self.name!r} of the other type")
         theirs, mine = snapshot.version, self.version

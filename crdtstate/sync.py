@@ -331,7 +331,7 @@ class Sync:
 
     def is_synced(self) -> bool:
         """Whether every connected peer has committed what we have, and we what they have."""
-        if self._uncommitted:
+        if self._uncommitted or self._broken:
             return False
         if any(link.hello is None and link.dialled for link in self._links.values()):
             return False
@@ -699,6 +699,7 @@ class Sync:
         found = self.documents.find(document)
         assert found is not None, f"{document!r} was rebuilt and is not there"
         self._retry_pending(None, found)
+        self._serve_asked(document)
         self._note_tidying(found)
 
     def _spread(self) -> None:
@@ -776,13 +777,13 @@ class Sync:
                 for link in self.peers
                 if link.acked.get(name, _EMPTY).get(writer, 0) > have
             )
+            if not peers:
+                # Somebody's next HAVE will bring it up again.
+                del self._missing[name, writer]
+                continue
             running = self._downloads.get(name)
-            if not peers or (running is not None and running.peer in self._links):
-                # Somebody's next HAVE, or the snapshot under way, will bring it up again.
-                if not peers:
-                    del self._missing[name, writer]
-                else:
-                    wanted.due = now + self.config.want_retry
+            if running is not None and running.peer in self._links:
+                wanted.due = now + self.config.want_retry
                 continue
             start = wanted.tries if wanted.tries else self._rng.randrange(len(peers))
             peer = peers[start % len(peers)]
@@ -864,12 +865,15 @@ class Sync:
 
     def _serve_asked(self, name: str) -> None:
         """Offer a snapshot to those who wait for one, once no own change in it is uncommitted."""
-        ledger = self._ledgers[name]
+        ledger = self._ledger(name)
         if not ledger.asked or self._has_uncommitted(name):
             return
         document = self.documents.find(name)
         if document is None:
             ledger.asked.clear()
+            return
+        if document.is_broken:
+            # They are served once it was rebuilt.
             return
         cached = self._snapshots.get(name)
         stale = cached is None or self._now - cached[3] > SNAPSHOT_AGE_MAX
@@ -954,6 +958,9 @@ class Sync:
             self._reidentify(f"a snapshot of {link.agent} has more of this writer in {name!r}")
             return
         document = self._find_or_make(name, snapshot.shared)
+        if document.is_broken:
+            # What it has will be asked for again.
+            return
         try:
             paths = document.join(snapshot)
         except EngineFailure as exc:
@@ -1002,7 +1009,9 @@ class Sync:
         ledger = self._ledgers[name]
         limit = max(self.config.snapshot_after_bytes, ledger.snapshot_bytes)
         document = self.documents.find(name)
-        if ledger.log_bytes > limit and document is not None and not self._uncommitted:
+        if document is None or document.is_broken or self._uncommitted:
+            return
+        if ledger.log_bytes > limit:
             self._save(document)
 
     def compacted(self, name: str, floor: Version) -> None:

@@ -827,6 +827,77 @@ def test_what_waited_for_a_document_is_delivered_after_it_was_rebuilt() -> None:
     assert keys(two) == {"a", "b"}
 
 
+def test_a_broken_document_gives_no_snapshot_before_it_was_rebuilt() -> None:
+    # Seed 110: what is left of a failed engine is nobody's state.
+    one = Node(1, TINY_LOG)
+    write(one, *"abc")
+    two, three = Node(2), Node(3)
+    connect(two, one)
+    run(one, two, seconds=3)
+    one.commits = False
+    document = one.document("main")
+    assert isinstance(document, FragileDocument)
+    document.fails_on = Dot(2, 2)
+    write(two, "good", "bad")
+    exchange(one, two)
+    assert document.is_broken
+
+    connect(three, one)
+    run(one, two, three, seconds=3)
+    assert not keys(three) and document.is_broken
+    one.commits = True
+    one.commit()
+    run(one, two, three, seconds=3)
+
+    assert not document.is_broken
+    assert keys(three) >= {*"abc", "good"}
+
+
+def test_a_broken_document_joins_no_snapshot_before_it_was_rebuilt() -> None:
+    one = Node(1, TINY_LOG)
+    write(one, *"abc")
+    two, three = Node(2), Node(3)
+    connect(two, three)
+    run(two, three, seconds=2)
+    two.commits = False
+    write(two, "mine")
+    document = two.document("main")
+    assert isinstance(document, FragileDocument)
+    document.fails_on = Dot(3, 1)
+    write(three, "bad")
+    exchange(two, three)
+    assert document.is_broken
+
+    connect(one, two)
+    run(one, two, three, seconds=3)
+    assert document.version == {2: 1} and two.frames(wire.Get)
+    two.commits = True
+    two.commit()
+    run(one, two, three, seconds=20)
+
+    assert {*"abc", "mine"} <= keys(two)
+
+
+def test_a_broken_document_is_not_compacted() -> None:
+    one, two, _, _ = pair(TINY_LOG)
+    document = one.document("main")
+    assert isinstance(document, FragileDocument)
+    one.commits = False
+    document.map("plan")["long"] = "x" * 5000
+    one.act()
+    document.fails_on = Dot(2, 1)
+    write(two, "bad")
+    exchange(one, two)
+    assert document.is_broken
+
+    one.commits = True
+    one.commit()
+    one.act()
+
+    assert one.rebuilds == ["main"] and not document.is_broken
+    assert keys(one) == {"long"}
+
+
 def test_a_change_that_the_engine_fails_on_is_not_tried_again() -> None:
     one, two, _, _ = pair()
     document = two.document("main")
