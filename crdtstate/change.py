@@ -32,8 +32,8 @@ DEPS_MAX = 4096
 STATE_BYTES_MAX = 256 * 1024 * 1024
 FORMAT = 1
 
-WRITE, RESOLUTION, TIDY, ADOPTION = range(4)
-"""Kinds of change: plain writes, a resolved conflict, dropping what is covered, adopting a lane."""
+WRITE, RESOLUTION, TIDY = range(3)
+"""Kinds of change: plain writes, a resolved conflict, dropping what is covered."""
 
 CHECKSUM = 0
 """Scheme byte in front of a change: BLAKE2b-128 of the body follows."""
@@ -56,7 +56,7 @@ class Change(NamedTuple):
         seq: The how-manieth of this writer in this document.
         deps: Heads of the history its writer had delivered, without the writer's own.
         stamp: The writer's hybrid logical clock.
-        kind: `WRITE`, `RESOLUTION`, `TIDY` or `ADOPTION`.
+        kind: `WRITE`, `RESOLUTION` or `TIDY`.
         shared: Whether *update* is for native Yjs types.
         update: The Yjs update, one transaction of one client.
         origin: Provenance.
@@ -128,7 +128,7 @@ def decode_change(data: bytes) -> Change:
     _check(writer, 1, WRITER_MAX, "writer")
     _check(seq, 1, SEQ_MAX, "seq")
     _check(stamp, 0, STAMP_MAX, "stamp")
-    _check(kind, 0, ADOPTION, "kind")
+    _check(kind, 0, TIDY, "kind")
     if type(shared) is not bool or type(update) is not bytes:
         raise InvalidUpdate("a change's update is malformed")
     for text in (agent, message, run):

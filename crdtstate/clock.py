@@ -56,11 +56,19 @@ class Version(dict[int, int]):
         """Whether the change named by *dot* is among those taken in."""
         return self.get(dot[0], 0) >= dot[1]
 
+    # Loops, not all(): these run for every frame.
+
     def __le__(self, other: Mapping[int, int]) -> bool:
-        return all(seq <= other.get(writer, 0) for writer, seq in self.items())
+        for writer, seq in self.items():
+            if seq > other.get(writer, 0):
+                return False
+        return True
 
     def __ge__(self, other: Mapping[int, int]) -> bool:
-        return all(seq <= self.get(writer, 0) for writer, seq in other.items())
+        for writer, seq in other.items():
+            if seq > self.get(writer, 0):
+                return False
+        return True
 
     def __lt__(self, other: Mapping[int, int]) -> bool:
         return self <= other and not self >= other

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from crdtstate.clock import Stamp
 from crdtstate.conflict import Candidate, Explanation, explain, resolver
 from crdtstate.errors import UnsupportedValue, UsageError
-from crdtstate.slots import Cell, candidates, filed, totals
+from crdtstate.slots import Cell, candidates, totals
 from crdtstate.values import pack, pack_key, unpack, unpack_key
 
 if TYPE_CHECKING:
@@ -221,13 +221,8 @@ class Counter(View):
 
     @property
     def value(self) -> int:
-        cell = self._cells.get("", {})
-        sums: dict[int, tuple[int, int]] = {}
-        for writer, slot in cell.items():
-            for origin, (up, down) in filed(totals(slot), writer).items():
-                have = sums.get(origin, (0, 0))
-                sums[origin] = (max(up, have[0]), max(down, have[1]))
-        return sum(up - down for up, down in sums.values())
+        counted = (totals(slot) for slot in self._cells.get("", {}).values())
+        return sum(up - down for up, down in counted)
 
     def increment(self, by: int = 1) -> None:
         """Add *by*, a whole number of either sign.

@@ -13,11 +13,11 @@ The *engine* holds the content: `lanes.Lanes` for maps, counters, registers and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from crdtstate.change import (
-    ADOPTION,
     CHANGE_BYTES_MAX,
     NAME_CHARS_MAX,
     RESOLUTION,
@@ -40,8 +40,6 @@ from crdtstate.slots import (
     Slot,
     candidates,
     covering,
-    filed,
-    live_slots,
     totals,
 )
 from crdtstate.values import pack, unpack
@@ -205,7 +203,7 @@ class Document:
 
     @property
     def needs_tidying(self) -> bool:
-        """Whether own slots may be dropped because others cover them (L3)."""
+        """Whether there may be slots here to drop because others cover them (L3)."""
         return bool(self.lanes.settled)
 
     # Writing
@@ -231,8 +229,8 @@ class Document:
         path = container + SEPARATOR
         cells = self.lanes.container(container)
         own = cells.cells.get("", {}).get(self.writer)
-        flat = totals(own) if own else (0, 0)
-        value = pack([flat[0] + up, flat[1] + down, *flat[2:]], "counter")
+        ups, downs = totals(own) if own else (0, 0)
+        value = pack([ups + up, downs + down], "counter")
         self._open(path, own, len(value))
         seq = self.version.get(self.writer, 0) + 1
         cells.update("", self.writer, Slot(value, seq, self._open_stamp))
@@ -304,13 +302,10 @@ class Document:
             if now != slot:
                 slots[path] = now
         self.written = list(slots)
-        if lanes.settled:
-            slots.update(dict.fromkeys(lanes.settle(SETTLED_PER_CHANGE, before)))
-        # A removal that covers only where the own slot was adopted from is settled from the start.
-        lanes.settled.update(
-            (path, None) for path, slot in slots.items() if slot and slot.value is None
-        )
-        return lanes.write(slots) if slots else b""
+        drops = lanes.settle(SETTLED_PER_CHANGE, before) if lanes.settled else []
+        if len(lanes.tended) > 1:
+            lanes.look_at(slots)
+        return lanes.write(slots, drops) if slots or drops else b""
 
     def _sealed(self, update: bytes, origin: Origin | None, kind: int) -> Change:
         seq = self.version.get(self.writer, 0) + 1
@@ -323,49 +318,11 @@ class Document:
         self._deliver(change)
         return change
 
-    def adopt(self, writer: int) -> Change | None:
-        """Take over the lane of a closed *writer* (L6). The open change must be sealed before.
-
-        Every slot moves into the own lane under its origin dot; a counter's totals are filed
-        under their origin. Only right once all changes of *writer* are delivered.
-        """
-        assert not self.is_open, "seal first"
-        lane = self.lanes.lanes.get(writer)
-        if lane is None or not lane.places or writer == self.writer:
-            return None
-        seq = self.version.get(self.writer, 0) + 1
-        self._open_stamp = self._clock.issue(self._wall())
-        taken: dict[str, Slot | None] = {}
-        leaving: list[str] = []
-        for path in lane.places:
-            container, _, key = path.partition(SEPARATOR)
-            cell = self.lanes.container(container).cells[key]
-            is_live = any(owner == writer for owner, _ in live_slots(cell))
-            if is_live and not container.startswith("c") and self.writer in cell:
-                # They conflict, and a lane has one slot per path: it stays where it is.
-                continue
-            leaving.append(path)
-            if is_live:
-                slot = taken[path] = self._adopted(container, cell, writer, seq)
-                self.lanes.set_own(path, slot)
-        update = self.lanes.write(taken, (lane, leaving))
-        self.lanes.settled.update(dict.fromkeys(leaving))
-        return self._sealed(update, None, ADOPTION) if update else None
-
-    def _adopted(self, container: str, cell: dict[int, Slot], writer: int, seq: int) -> Slot:
-        """The own slot that takes the place of *writer*'s."""
-        old, own = cell[writer], cell.get(self.writer)
-        if container.startswith("c"):
-            mine = filed(totals(own), self.writer) if own else {}
-            for origin, (up, down) in filed(totals(old), writer).items():
-                have = mine.get(origin, (0, 0))
-                mine[origin] = (max(up, have[0]), max(down, have[1]))
-            up, down = mine.pop(self.writer, (0, 0))
-            flat = [n for origin in sorted(mine) for n in (origin, *mine[origin])]
-            return Slot(pack([up, down, *flat], "counter"), seq, self._open_stamp)
-        covers = {w: s for w, s in old.covers.items() if w != self.writer}
-        dot = old.origin or Dot(writer, old.seq)
-        return Slot(old.value, seq, old.stamp, covers or NO_COVERS, dot)
+    def adopt(self, writer: int) -> None:
+        """Look after the lane of a closed *writer* from now on (L6): what is settled in it is
+        dropped with what is settled in the own one. Only right once all its changes are
+        delivered."""
+        self.lanes.adopt(writer)
 
     def reset(self, writer: int) -> dict[str, Slot]:
         """Empty the document, to be loaded anew by `writer`; return the own slots as they were.
@@ -430,19 +387,24 @@ class Document:
         touched = self._apply(change)
         if self._before:
             # What is open is not in the lane yet; it is judged when it has been sealed (L3).
-            self.lanes.settled.update((path, None) for path in touched if path in self._before)
+            self.lanes.settled.update(
+                ((self.writer, path), None) for path in touched if path in self._before
+            )
         self._deliver(change)
         return touched
 
     def _apply(self, change: Change) -> list[str]:
         plan = None
         if self.native is None:
-            plan = self.lanes.check(change.update, change.writer, change.seq, self.version)
+            plan = self.lanes.check(
+                change.update, change.writer, change.seq, self.version, self._before
+            )
         try:
             if self.native is not None:
                 return self.native.apply(change.update, change.writer)
             assert plan is not None
-            return self.lanes.apply(change.update, plan)
+            with self._open_kept(path for writer, path in plan.drops if writer == self.writer):
+                return self.lanes.apply(change.update, plan)
         except CRDTStateError:
             raise
         except BaseException as exc:
@@ -505,12 +467,12 @@ class Document:
         return touched
 
     def _load(self, state: bytes, version: Version) -> list[str]:
-        open_slots = {path: self.lanes.own_slot(path) for path in self._before}
         before = self.lanes.containers
         try:
             if self.native is not None:
                 return self.native.load(state)
-            self.lanes.load(state, version)
+            with self._open_kept(list(self._before)):
+                self.lanes.load(state, version)
         except CRDTStateError:
             raise
         except BaseException as exc:
@@ -518,11 +480,18 @@ class Document:
                 raise
             self.is_broken = True
             raise EngineFailure(f"a snapshot of {self.name}: {exc}") from exc
-        for path, slot in open_slots.items():
-            self._before[path] = self.lanes.own_slot(path)
-            self.lanes.set_own(path, slot)
-            self.lanes.settled[path] = None
         return list(_differing(before, self.lanes))
+
+    @contextmanager
+    def _open_kept(self, paths: Iterable[str]) -> Iterator[None]:
+        """Let the own lane change beneath open writes at *paths*; they stay as they are."""
+        lanes = self.lanes
+        slots = {path: lanes.own_slot(path) for path in paths if path in self._before}
+        yield
+        for path, slot in slots.items():
+            self._before[path] = lanes.own_slot(path)
+            lanes.set_own(path, slot)
+            lanes.settled[self.writer, path] = None
 
     def _join_heads(self, snapshot: Snapshot) -> None:
         theirs, mine = snapshot.heads, self.heads

@@ -224,15 +224,6 @@ class DocumentSet:
         if self._transaction is None:
             self._seal(document)
 
-    def adopt(self, writer: int) -> None:
-        """Take over the lanes of a closed *writer*, all of whose changes are here (L6)."""
-        self._seal_open()
-        for document in self._documents.values():
-            change = document.adopt(writer)
-            if change is not None:
-                self._sealed.append((change, []))
-                self._written()
-
     def find(self, name: str) -> Document | None:
         """The document *name* if there is one."""
         return self._documents.get(name)

@@ -25,6 +25,7 @@ class Session:
         same_boot: The machine has not rebooted since; what was committed is therefore here.
         same_file: The file is the one that was written, not a copy or a restored backup.
         power_safe: Every commit of the last session was fsynced before it was confirmed.
+        writers: All that sessions of this very file used.
     """
 
     agent: str | None
@@ -33,6 +34,7 @@ class Session:
     same_boot: bool
     same_file: bool
     power_safe: bool
+    writers: frozenset[int] = frozenset()
 
 
 def draw_writer(rng: random.Random) -> int:

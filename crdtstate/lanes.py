@@ -11,19 +11,18 @@ cleaning are those of a log-structured file system (Rosenblum & Ousterhout, 1992
 
 The invariants, kept in this module and `document`:
 
-L1  Only writer W changes lane W (but see L6).
+L1  Only writer W writes in lane W.
 L2  A slot is *live* unless a visible slot of another lane covers it. The live slots of a path
     that hold a value are its *candidates*; several are a conflict.
 L3  The owner drops its slot once it is covered, and drops its removal once that covers nothing
-    visible.
+    visible. Both are *settled*: they make no difference any more.
 L4  A path has one slot per lane. Writes go to the lane's head segment and leave their older
     one in the same transaction. A segment that is two thirds dead is cleaned: its live slots
     move to the head and the nested map is deleted, which Yjs folds into one garbage range.
 L5  Changes are delivered in causal order; L2 to L4 are only sound under it.
-L6  A closed writer's lane is adopted by a successor, only once all its changes are delivered.
-    An adopted slot keeps its *origin* dot, so a write that covered the original covers the
-    copy; counter totals stay filed under the origin writer and count once. Hence adopting
-    twice, or while somebody overwrites the original, is harmless.
+L6  A closed writer's lane is adopted by a successor, once all its changes are delivered: it
+    drops there what is settled, as the owner would. What is live stays where it is, under its
+    own dot, so adopting twice, or while somebody overwrites it, is harmless.
 
 Reads never touch Rust: this module keeps a Python index of all cells beside the Doc. Local writes
 know their slots, and those of a remote change come out of the check it must pass before pycrdt
@@ -39,7 +38,7 @@ from pycrdt import Doc
 from pycrdt import Map as YMap
 
 from crdtstate import guard
-from crdtstate.clock import Dot, Version
+from crdtstate.clock import Version
 from crdtstate.errors import InvalidUpdate
 from crdtstate.slots import (
     SEPARATOR,
@@ -47,9 +46,7 @@ from crdtstate.slots import (
     Container,
     Slot,
     check_content,
-    contains_totals,
-    live_slots,
-    totals,
+    is_settled,
 )
 
 SEGMENT_SLOTS = 1000
@@ -57,6 +54,8 @@ SEGMENT_SLOTS = 1000
 
 CLEANED_BELOW = 3
 """A closed segment is cleaned when at most one slot in so many is live."""
+
+NOTHING_OPEN: Mapping[str, Slot | None] = {}
 
 
 def segment_key(writer: int, clock: int) -> str:
@@ -174,9 +173,11 @@ class Lanes:
         self.containers: dict[str, Container] = {}
         # Writer -> where its items lie.
         self.lanes: dict[int, Lane] = {}
-        # Own paths whose slot can perhaps be dropped (L3); judged again when they are.
+        # Writers whose settled slots are dropped here: the own one and the adopted (L6).
+        self.tended = [writer]
+        # (writer, path) of slots that can perhaps be dropped (L3); judged again when they are.
         # A dict because it keeps the order: one history gives one sequence of bytes.
-        self.settled: dict[str, None] = {}
+        self.settled: dict[tuple[int, str], None] = {}
         self._updates: list[bytes] = []
         self._start(Doc(client_id=writer))
 
@@ -210,49 +211,67 @@ class Lanes:
 
     def set_own(self, path: str, slot: Slot | None) -> None:
         """Change the index only; `write` brings the Doc after it."""
-        container, _, key = path.partition(SEPARATOR)
-        self.container(container).update(key, self.writer, slot)
+        self._update(path, self.writer, slot)
 
-    def settle(self, limit: int, busy: Collection[str]) -> list[str]:
-        """Take up to *limit* own slots that are covered, or removals that cover nothing visible
-        (L3), out of the index and return their paths. Paths in *busy* wait."""
-        drops: list[str] = []
-        waiting: list[str] = []
+    def _update(self, path: str, writer: int, slot: Slot | None) -> None:
+        container, _, key = path.partition(SEPARATOR)
+        self.container(container).update(key, writer, slot)
+
+    def adopt(self, writer: int) -> None:
+        """Drop from now on what is settled in the lane of a closed *writer* (L6). Only right
+        once all its changes are delivered."""
+        if writer not in self.tended:
+            self.tended.append(writer)
+            self._look_over(writer)
+
+    def _look_over(self, writer: int) -> None:
+        for path in self.lane(writer).places:
+            if self._is_settled(writer, path):
+                self.settled[writer, path] = None
+
+    def look_at(self, paths: Collection[str]) -> None:
+        """Cells have changed at *paths*: what is tended there may be settled now."""
+        for writer in self.tended:
+            lane = self.lanes.get(writer)
+            if lane is not None:
+                places = lane.places
+                self.settled.update(((writer, path), None) for path in paths if path in places)
+
+    def settle(self, limit: int, busy: Collection[str]) -> list[tuple[int, str]]:
+        """Take up to *limit* settled slots out of the index, one of a path, and return where
+        they were, as (writer, path). Paths in *busy* wait."""
+        drops: dict[str, int] = {}
+        waiting: list[tuple[int, str]] = []
         while self.settled and len(drops) < limit:
-            path, _ = self.settled.popitem()
-            if path in busy:
-                waiting.append(path)
-            elif self._is_settled(path):
-                self.set_own(path, None)
-                drops.append(path)
+            place, _ = self.settled.popitem()
+            writer, path = place
+            if path in busy or path in drops:
+                waiting.append(place)
+            elif self._is_settled(writer, path):
+                self._update(path, writer, None)
+                drops[path] = writer
         self.settled.update(dict.fromkeys(waiting))
-        return drops
+        if len(self.tended) > 1:
+            # What has gone may have been all that a removal in another lane covered.
+            self.look_at(drops)
+        return [(writer, path) for path, writer in drops.items()]
 
-    def _is_settled(self, path: str) -> bool:
+    def _is_settled(self, writer: int, path: str, slot: Slot | None = None) -> bool:
+        """Whether a lane's slot is settled: the one in the index, or else *slot*."""
         container, _, key = path.partition(SEPARATOR)
-        cell = self.container(container).cells.get(key)
-        own = cell.get(self.writer) if cell else None
-        if cell is None or own is None or container.startswith("c"):
-            return False
-        if all(writer != self.writer for writer, _ in live_slots(cell)):
-            return True
-        return own.value is None and not any(
-            own.covers.get(writer, 0) >= slot.seq
-            or (
-                slot.origin is not None and own.covers.get(slot.origin.writer, 0) >= slot.origin.seq
-            )
-            for writer, slot in cell.items()
-            if writer != self.writer
-        )
+        cells = self.container(container)
+        cell = cells.cells.get(key, {})
+        if slot is not None:
+            cell = {**cell, writer: slot}
+        return writer in cell and not cells.is_counter and is_settled(cell, writer)
 
     def write(
-        self, slots: Mapping[str, Slot | None], adopt: tuple[Lane, list[str]] | None = None
+        self, slots: Mapping[str, Slot | None], drops: Collection[tuple[int, str]] = ()
     ) -> bytes:
-        """Bring the own lane in the Doc after the index, in one transaction: *slots* is what the
-        index has of it at the paths that changed.
+        """Bring the Doc after the index, in one transaction: *slots* is what the index has of
+        the own lane at the paths that changed, *drops* what was settled.
 
-        Returns the update, empty if nothing had to change. *adopt* names a closed writer's lane
-        and the paths that leave it in the same transaction (L6).
+        Returns the update, empty if nothing had to change.
         """
         lane = self.lane(self.writer)
         written = 0
@@ -267,11 +286,11 @@ class Lanes:
                 else:
                     self._put(lane, path, slot)
                     written += 1
+            for writer, path in drops:
+                self._drop(lane if writer == self.writer else self.lanes[writer], path)
             for _ in range(1 + written // SEGMENT_SLOTS):
                 if not self._clean(lane, first_clock):
                     break
-            if adopt is not None:
-                self._empty(*adopt)
         if not self._updates:
             return b""
         update = self._updates.pop()
@@ -286,19 +305,19 @@ class Lanes:
         if old is not None:
             segment = lane.items[old][0]
             if segment is not head:
-                self._take_out(segment, path)
-        self._map(head).insert(self._transaction, path, slot.encode())
+                self._take_out(lane, segment, path)
+        self._map(lane, head).insert(self._transaction, path, slot.encode())
         lane.place(head, path, lane.clock)
         lane.clock += 1
 
     def _drop(self, lane: Lane, path: str) -> None:
         clock = lane.places.get(path)
         if clock is not None:
-            self._take_out(lane.items[clock][0], path)
+            self._take_out(lane, lane.items[clock][0], path)
             lane.leave(path)
 
-    def _take_out(self, segment: Segment, path: str) -> None:
-        self._map(segment).remove(self._transaction, path)
+    def _take_out(self, lane: Lane, segment: Segment, path: str) -> None:
+        self._map(lane, segment).remove(self._transaction, path)
 
     def _open(self, lane: Lane) -> Segment:
         head = lane.open(lane.clock)
@@ -306,7 +325,10 @@ class Lanes:
         lane.clock += 1
         return head
 
-    def _map(self, segment: Segment) -> Any:
+    def _map(self, lane: Lane, segment: Segment) -> Any:
+        if lane.writer != self.writer:
+            # Its owner may delete it at any time.
+            return self._root[segment.key].integrated
         found = self._maps.get(segment.clock)
         if found is None:
             found = self._maps[segment.clock] = self._root[segment.key].integrated
@@ -331,15 +353,6 @@ class Lanes:
             return True
         return False
 
-    def _empty(self, lane: Lane, paths: list[str]) -> None:
-        # The segments themselves stay, so that a change of the closed writer that turns up
-        # late still finds the map it writes to.
-        for path in paths:
-            del self._root[lane.items[lane.places[path]][0].key][path]
-            container, _, key = path.partition(SEPARATOR)
-            lane.leave(path)
-            self.container(container).update(key, lane.writer, None)
-
     # Replicating
 
     def lane(self, writer: int) -> Lane:
@@ -348,10 +361,18 @@ class Lanes:
             found = self.lanes[writer] = Lane(writer)
         return found
 
-    def check(self, update: bytes, writer: int, seq: int, version: Version) -> Plan:
+    def check(
+        self,
+        update: bytes,
+        writer: int,
+        seq: int,
+        version: Version,
+        before: Mapping[str, Slot | None] = NOTHING_OPEN,
+    ) -> Plan:
         """Check the *update* of change *seq* of *writer* against the lanes; change nothing.
 
-        *version* is what the document has taken in. Raises InvalidUpdate.
+        *version* is what the document has taken in, *before* what the own lane says where the
+        index is ahead of it. Raises InvalidUpdate.
         """
         parsed = guard.parse_change(update)
         if parsed.client is not None and parsed.client != writer:
@@ -383,8 +404,11 @@ class Lanes:
                 puts.append((clock, where, path, slot))
             clock += 1
         drops = [(owner, path) for owner, path in dead if owner != writer or path not in seen]
-        if drops:
-            self._check_adoption(drops, puts, writer)
+        for owner, path in drops:
+            # A successor may tidy up in another's lane, and nothing else (L6).
+            open_slot = before.get(path) if owner == self.writer else None
+            if owner != writer and not self._is_settled(owner, path, open_slot):
+                raise InvalidUpdate(f"{writer:x} deletes slot {path!r} of {owner:x} (L1)")
         return Plan(writer, opened, puts, drops, closes, moved, clock)
 
     def _check_slot(self, path: str, slot: Slot, writer: int, seq: int, version: Version) -> bool:
@@ -395,18 +419,13 @@ class Lanes:
             here = cells.cells.get(key, {}).get(writer) if cells else None
             if here == slot:
                 return True
-            # Missing, it may be one that an adopter took before this change turned up (L6).
+            # Missing, it may be one that an adopter dropped before this change turned up (L6).
             if here is not None or slot.seq > seq:
                 raise InvalidUpdate(f"slot {path!r} is dated {slot.seq} in change {seq}")
         for other, covered in slot.covers.items():
             # Else one could cover what is not written yet, and it would vanish on arrival.
             if other == writer or covered > version.get(other, 0):
                 raise InvalidUpdate(f"slot {path!r} covers what its writer cannot have seen (L2)")
-        if slot.origin is not None:
-            if slot.origin.writer == writer or not version.covers(slot.origin):
-                raise InvalidUpdate(f"slot {path!r} adopts what its writer cannot have seen (L6)")
-            if slot.origin.writer in slot.covers:
-                raise InvalidUpdate(f"slot {path!r} covers its own origin (L6)")
         check_content(path, slot)
         return False
 
@@ -437,28 +456,6 @@ class Lanes:
                 raise InvalidUpdate(f"deletes segment {segment.key} with slots in it (L4)")
         return dead, closes
 
-    def _check_adoption(
-        self, drops: list[tuple[int, str]], puts: list[tuple[int, int, str, Slot]], writer: int
-    ) -> None:
-        """Another lane's slot may only go when its content lives on in this change (L6)."""
-        foreign = [(owner, path) for owner, path in drops if owner != writer]
-        if not foreign:
-            return
-        new = {path: slot for _, _, path, slot in puts}
-        for owner, path in foreign:
-            container, _, key = path.partition(SEPARATOR)
-            cell = self.container(container).cells[key]
-            old, put = cell[owner], new.get(path)
-            if container[0] == "c":
-                if put is None or not contains_totals(totals(put), totals(old), owner):
-                    raise InvalidUpdate(f"counter {path!r} of {owner:x} would lose counts (L6)")
-            elif put is not None and put.origin == (old.origin or Dot(owner, old.seq)):
-                continue
-            elif any(lane == owner for lane, _ in live_slots(cell)) and (
-                put is None or put.covers.get(owner, 0) < old.seq
-            ):
-                raise InvalidUpdate(f"{writer:x} deletes slot {path!r} of {owner:x} (L1)")
-
     def apply(self, update: bytes, plan: Plan) -> list[str]:
         """Apply a checked change to the Doc and the index; return the paths that changed.
 
@@ -474,20 +471,16 @@ class Lanes:
         touched: list[str] = []
         for owner, path in plan.drops:
             self.lane(owner).leave(path)
-            container, _, key = path.partition(SEPARATOR)
-            self.container(container).update(key, owner, None)
+            self._update(path, owner, None)
             touched.append(path)
         for clock, where, path, slot in plan.puts:
             lane.place(lane.segments[where], path, clock)
             if path not in plan.moved:
-                container, _, key = path.partition(SEPARATOR)
-                self.container(container).update(key, plan.writer, slot)
+                self._update(path, plan.writer, slot)
                 touched.append(path)
         for clock in plan.closes:
             lane.close(lane.segments[clock])
-        own = self.lanes.get(self.writer)
-        if own is not None:
-            self.settled.update((path, None) for path in touched if path in own.places)
+        self.look_at(touched)
         return touched
 
     # State
@@ -510,8 +503,9 @@ class Lanes:
         self._updates.clear()
         self._start(doc)
         self.lanes, self.containers = lanes, containers
-        own = self.lane(self.writer)
-        self.settled = {path: None for path in own.places if self._is_settled(path)}
+        self.settled = {}
+        for writer in self.tended:
+            self._look_over(writer)
 
     def join(self, state: bytes, newer: Callable[[int], bool]) -> bytes:
         """Return the join of this document and *state*: the lanes for which ``newer(writer)``
@@ -602,7 +596,7 @@ def _bury(lane: Lane, segment: Segment, path: str, clock: int, length: int) -> N
 def _check_stored(path: str, slot: Slot, writer: int, version: Version) -> None:
     if slot.seq > version.get(writer, 0):
         raise InvalidUpdate(f"slot {path!r} is newer than its document")
-    if writer in slot.covers or (slot.origin is not None and slot.origin.writer in slot.covers):
+    if writer in slot.covers:
         raise InvalidUpdate(f"slot {path!r} covers itself (L2)")
     if any(seq > version.get(other, 0) for other, seq in slot.covers.items()):
         raise InvalidUpdate(f"slot {path!r} covers what is newer than its document (L2)")

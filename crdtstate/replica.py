@@ -174,8 +174,6 @@ class Replica(DocumentSet):
         self._failed: str | None = None
         # Own seq by document at opening: what peers may know of this writer.
         self._base: dict[str, int] = {}
-        # Writers of earlier sessions whose lanes wait for adoption.
-        self._closed_writers: list[int] = []
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._handlers: dict[type[Event], list[Callable[[Any], object]]] = {}
         self._pending_events: list[Event] = []
@@ -258,11 +256,10 @@ class Replica(DocumentSet):
         session = self._store.session
         if session.writer is not None and may_keep_writer(session):
             self._writer = session.writer
-        elif session.writer is not None and session.same_file:
-            self._closed_writers.append(session.writer)
         for item in self._store.load():
             self._load(item)
         self._sync = sync.Sync(self, self._hello(), self.config, self._rng, self._loop.time())
+        self._sync.former.update(session.writers - {self._writer})
         for name, version in self.versions():
             self._base[name] = version.get(self._writer, 0)
             store = self._store
@@ -642,7 +639,6 @@ class Replica(DocumentSet):
         now = self._loop.time()
         if now >= self._sync.next_deadline():
             self._sync.tick(now)
-            self._adopt_closed()
         elif self._transaction is None:
             self._seal_quietly()
         self._pump()
@@ -696,15 +692,6 @@ class Replica(DocumentSet):
             self.reload(document, new, load)
         self._emit(IdentityRollback(old, new, reason))
         self._wake()
-
-    def _adopt_closed(self) -> None:
-        """Adopt the lanes of own earlier writers once all their changes are here (L6)."""
-        if not self._closed_writers or not self._sync.peers or not self._sync.is_synced():
-            return
-        for writer in self._closed_writers:
-            if self._sync.has_all_of(writer) and self._transaction is None:
-                self.adopt(writer)
-        self._closed_writers.clear()
 
     # Observers
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import msgpack
 
 from crdtstate import values
-from crdtstate.clock import SEQ_MAX, STAMP_MAX, WRITER_MAX, Dot
+from crdtstate.clock import SEQ_MAX, STAMP_MAX, WRITER_MAX
 from crdtstate.errors import InvalidUpdate
 
 SEPARATOR = "\0"
@@ -33,21 +33,17 @@ class Slot(NamedTuple):
         seq: The change of the lane's writer that wrote it.
         stamp: When, by the writer's hybrid logical clock.
         covers: The slots of other lanes that were visible here when it was written.
-        origin: The dot it was written under, if this lane adopted it from another.
     """
 
     value: bytes | None
     seq: int
     stamp: int
     covers: Mapping[int, int] = NO_COVERS
-    origin: Dot | None = None
 
     def encode(self) -> bytes:
         parts: list[Any] = [self.value, self.seq, self.stamp]
-        if self.covers or self.origin:
+        if self.covers:
             parts.append([number for pair in self.covers.items() for number in pair])
-        if self.origin:
-            parts += self.origin
         packed: bytes = _pack(parts)
         return packed
 
@@ -58,7 +54,7 @@ class Slot(NamedTuple):
             parts = msgpack.unpackb(data, use_list=False)
         except Exception as exc:
             raise InvalidUpdate(f"a slot is not valid msgpack: {exc}") from exc
-        if type(parts) is not tuple or len(parts) not in (3, 4, 6):
+        if type(parts) is not tuple or len(parts) not in (3, 4):
             raise InvalidUpdate("a slot has the wrong shape")
         value, seq, stamp = parts[:3]
         if value is not None and type(value) is not bytes:
@@ -69,12 +65,7 @@ class Slot(NamedTuple):
             raise InvalidUpdate("a slot's stamp is out of range")
         if len(parts) == 3:
             return cls(value, seq, stamp)
-        covers = _decode_covers(parts[3])
-        if len(parts) == 4:
-            return cls(value, seq, stamp, covers)
-        _check_int(parts[4], 1, WRITER_MAX, "a slot's origin")
-        _check_int(parts[5], 1, SEQ_MAX, "a slot's origin")
-        return cls(value, seq, stamp, covers, Dot(parts[4], parts[5]))
+        return cls(value, seq, stamp, _decode_covers(parts[3]))
 
 
 _pack = msgpack.Packer(use_bin_type=True).pack
@@ -112,40 +103,29 @@ def live_slots(cell: Cell) -> list[tuple[int, Slot]]:
     if len(cell) == 1:
         return list(cell.items())
     covered: dict[int, int] = {}
-    for writer, slot in cell.items():
+    for slot in cell.values():
         for other, seq in slot.covers.items():
             if seq > covered.get(other, 0):
                 covered[other] = seq
-        # What a lane says now replaces what it said before, wherever a copy of that is.
-        if slot.seq > covered.get(-writer, 0):
-            covered[-writer] = slot.seq
-    live: list[tuple[int, Slot]] = []
-    origins: set[Dot] = set()
-    for writer in sorted(cell):
-        slot = cell[writer]
-        if covered.get(writer, 0) >= slot.seq:
-            continue
-        origin = slot.origin
-        if origin is not None:
-            if covered.get(origin.writer, 0) >= origin.seq:
-                continue
-            if covered.get(-origin.writer, 0) >= origin.seq or origin in origins:
-                continue
-            origins.add(origin)
-        live.append((writer, slot))
-    return live
+    if not covered:
+        return list(cell.items())
+    return [pair for pair in cell.items() if covered.get(pair[0], 0) < pair[1].seq]
+
+
+def is_settled(cell: Cell, writer: int) -> bool:
+    """Whether the slot of *writer* can go: it is covered, or a removal that covers nothing
+    visible (L3). Once it is so, it stays so (L5)."""
+    slot = cell[writer]
+    if any(other.covers.get(writer, 0) >= slot.seq for other in cell.values()):
+        return True
+    return slot.value is None and not any(
+        slot.covers.get(other, 0) >= there.seq for other, there in cell.items()
+    )
 
 
 def covering(cell: Cell, writer: int) -> Mapping[int, int]:
     """The covers of a slot that *writer* writes now: all it sees in other lanes."""
-    covers: dict[int, int] = {}
-    for other, slot in cell.items():
-        if other != writer:
-            covers[other] = max(slot.seq, covers.get(other, 0))
-        # The original of an adopted slot goes too, also if somebody else adopted it as well.
-        origin = slot.origin
-        if origin is not None and origin.writer != writer:
-            covers[origin.writer] = max(origin.seq, covers.get(origin.writer, 0))
+    covers = {other: slot.seq for other, slot in cell.items() if other != writer}
     return covers or NO_COVERS
 
 
@@ -220,34 +200,17 @@ def check_content(path: str, slot: Slot) -> None:
         raise InvalidUpdate(f"path {path!r} has a key where there is one value")
 
 
-def totals(slot: Slot) -> tuple[int, ...]:
-    """A counter slot's content: own up, own down, then (origin, up, down) of adopted lanes."""
+def totals(slot: Slot) -> tuple[int, int]:
+    """What a lane has added to a counter, and what it has taken off. Raises InvalidUpdate."""
     try:
         flat = values.unpack(slot.value or b"")
     except Exception as exc:
         raise InvalidUpdate(f"a counter's totals are malformed: {exc}") from exc
     if (
         type(flat) is not list
-        or len(flat) % 3 != 2
+        or len(flat) != 2
         or not all(type(number) is int and number >= 0 for number in flat)
     ):
         raise InvalidUpdate("a counter's totals have the wrong shape")
-    return tuple(flat)
-
-
-def filed(flat: tuple[int, ...], lane: int) -> dict[int, tuple[int, int]]:
-    """Counter totals as origin writer -> (up, down)."""
-    found = {lane: (flat[0], flat[1])}
-    for at in range(2, len(flat), 3):
-        found[flat[at]] = (flat[at + 1], flat[at + 2])
-    return found
-
-
-def contains_totals(mine: tuple[int, ...], other: tuple[int, ...], owner: int) -> bool:
-    """Whether *mine* files everything that *other*, of the lane *owner*, counts."""
-    have = filed(mine, 0)
-    return all(
-        have.get(origin, (-1, -1))[0] >= up and have[origin][1] >= down
-        for origin, (up, down) in filed(other, owner).items()
-        if up or down
-    )
+    up, down = flat
+    return up, down

@@ -259,6 +259,8 @@ class Sync:
         self._is_reidentifying = False
         # Document -> own seq that a peer acknowledged after it got it from here.
         self.own_acked: dict[str, int] = {}
+        # Writers that this replica wrote as in earlier sessions.
+        self.former: set[int] = set()
         # Deadlines; None while there is nothing to do.
         self._beat_at = now + config.heartbeat * rng.random()
         self._flush_at: float | None = None
@@ -344,8 +346,7 @@ class Sync:
                     return False
         return True
 
-    def has_all_of(self, writer: int) -> bool:
-        """Whether all that connected peers know of *writer* is delivered here."""
+    def _has_all_of(self, writer: int) -> bool:
         return all(
             acked.get(writer, 0) <= self._version(name).get(writer, 0)
             for link in self.peers
@@ -358,8 +359,11 @@ class Sync:
 
     def next_deadline(self) -> float:
         """When to call `tick` at the latest."""
-        times = (self._flush_at, self._want_at, self._download_at, self._tidy_at)
-        return min([self._beat_at, *(at for at in times if at is not None)])
+        soonest = self._beat_at
+        for at in (self._flush_at, self._want_at, self._download_at, self._tidy_at):
+            if at is not None and at < soonest:
+                soonest = at
+        return soonest
 
     # Starting
 
@@ -852,14 +856,20 @@ class Sync:
 
     def _flush(self) -> None:
         """Tell every peer what was committed since it was last told."""
+        # Most have to be told the same.
+        encoded: dict[tuple[str, frozenset[int]], bytes] = {}
         for link in self._links.values():
             if link.hello is None or link.is_congested or link.is_closing:
                 continue
             dirty, link.dirty = link.dirty, {}
             for name, writers in dirty.items():
-                committed = self._ledgers[name].committed
-                moved = Version({writer: committed[writer] for writer in sorted(writers)})
-                self._send(link.peer, wire.Have(name, moved, False))
+                key = (name, frozenset(writers))
+                frame = encoded.get(key)
+                if frame is None:
+                    committed = self._ledgers[name].committed
+                    moved = Version({writer: committed[writer] for writer in sorted(writers)})
+                    frame = encoded[key] = wire.encode_frame(wire.Have(name, moved, False))
+                self._effects.append(Send(link.peer, frame))
 
     # Snapshots
 
@@ -1055,6 +1065,7 @@ class Sync:
         All connections are closed, to be made anew under the new name.
         """
         self._now = now
+        self.former.add(self.hello.writer)
         self.hello = hello
         self._is_reidentifying = False
         self.own_acked.clear()
@@ -1090,6 +1101,8 @@ class Sync:
         if self._beat_at <= now:
             self._beat_at = now + self.config.heartbeat
             self._beat_all()
+            if self.unadopted() and self.peers and self.is_synced():
+                self._adopt()
 
     def _beat_all(self) -> None:
         for link in list(self._links.values()):
@@ -1104,6 +1117,24 @@ class Sync:
         told = None if neighbours == link.told_neighbours else neighbours
         link.told_neighbours = neighbours
         self._send(link.peer, wire.Heartbeat(self._fingerprint, told))
+
+    def unadopted(self) -> list[tuple[Document, int]]:
+        """Lanes of own former writers that nobody looks after."""
+        found = []
+        if self.former:
+            for document in map(self.documents.find, self._ledgers):
+                if document is not None:
+                    lanes = document.lanes
+                    waiting = self.former.intersection(lanes.lanes).difference(lanes.tended)
+                    found += [(document, writer) for writer in sorted(waiting)]
+        return found
+
+    def _adopt(self) -> None:
+        """Look after the lanes of former writers of whom no peer has more than we have (L6)."""
+        for document, writer in self.unadopted():
+            if self._has_all_of(writer):
+                document.adopt(writer)
+                self._note_tidying(document)
 
     def _note_tidying(self, document: Document) -> None:
         ledger = self._ledger(document.name)

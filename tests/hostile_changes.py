@@ -67,7 +67,6 @@ def act(agent: Agent, rng: random.Random) -> None:
 def hostile_slot(rng: random.Random) -> bytes:
     """A slot as somebody would forge it, or bytes that are none."""
     covers = {rng.choice([7, 9, 11]): rng.randrange(1, 30) for _ in range(rng.randrange(3))}
-    origin = Dot(rng.choice([7, 9, 11]), rng.randrange(1, 30)) if rng.random() < 0.3 else None
     value = rng.choice(
         [
             None,
@@ -80,7 +79,7 @@ def hostile_slot(rng: random.Random) -> bytes:
             rng.randbytes(5),
         ]
     )
-    made = Slot(value, rng.randrange(1, 20), rng.getrandbits(62), covers, origin).encode()
+    made = Slot(value, rng.randrange(1, 20), rng.getrandbits(62), covers).encode()
     if rng.random() < 0.3:
         return mutated(made, [made], rng)
     if rng.random() < 0.1:

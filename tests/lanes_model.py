@@ -1,6 +1,7 @@
 """
-A model of lanes: documents that write, drop, clean, delay, snapshot and adopt at random, compared
-step by step with a reference multi-value store that keeps dots and knows nothing of lanes.
+A model of lanes: documents that write, drop, clean, delay, snapshot, restart and go on as other
+writers at random, compared step by step with a reference multi-value store that keeps dots and
+knows nothing of lanes.
 
 The reference of a replica is ``{path: {dot: value}}`` and a version. A write replaces the dots that
 its replica sees; two references join as dot stores do (Almeida et al., "Delta state replicated
@@ -30,19 +31,32 @@ class Model:
     """One replica: a document, its reference, and what has arrived but is not delivered."""
 
     def __init__(self, writer: int, ticks: Any) -> None:
-        self.document = Document(
-            "model",
-            writer=writer,
-            agent=f"agent-{writer}",
-            clock=HybridClock(),
-            wall=lambda: next(ticks),
-            on_write=lambda document: None,
-        )
+        self.ticks = ticks
         self.writer = writer
+        self.document = self._make()
         self.dots: dict[str, dict[Dot, Any]] = {key: {} for key in KEYS}
         self.inbox: list[tuple[Change, Ops]] = []
         # Increments of this writer to the counter.
         self.counted = 0
+
+    def _make(self) -> Document:
+        return Document(
+            "model",
+            writer=self.writer,
+            agent=f"agent-{self.writer}",
+            clock=HybridClock(),
+            wall=lambda: next(self.ticks),
+            on_write=lambda document: None,
+        )
+
+    def succeed(self, writer: int) -> None:
+        """Go on as *writer*, and adopt what was written before (L6)."""
+        old, self.writer = self.document, writer
+        self.document = self._make()
+        self.document.join(old.snapshot())
+        for former in old.lanes.tended:
+            self.document.adopt(former)
+        old.close()
 
     def write(self, rng: random.Random, value: str) -> Ops:
         """Write or remove at one to three keys; what is written again replaces itself."""
@@ -101,8 +115,7 @@ class Model:
         """What the lanes say is live at *key*, by the dot it was written under."""
         cell = self.document.lanes.container(CONTAINER).cells.get(key, {})
         return {
-            slot.origin or Dot(writer, slot.seq): unpack(slot.value or b"")
-            for writer, slot in candidates(cell)
+            Dot(writer, slot.seq): unpack(slot.value or b"") for writer, slot in candidates(cell)
         }
 
     def check(self, where: object) -> None:
@@ -118,7 +131,8 @@ def run(seed: int, replicas: int = 4, steps: int = 90) -> None:
     """One random history. Raises AssertionError, with the place, where model and lanes differ."""
     rng = random.Random(seed)
     ticks = itertools.count(1)
-    models = [Model(number, ticks) for number in range(1, replicas + 1)]
+    writers = itertools.count(1)
+    models = [Model(next(writers), ticks) for _ in range(replicas)]
     network: list[tuple[Model, Change, Ops]] = []
     values = (f"value-{number}" for number in itertools.count())
 
@@ -147,6 +161,8 @@ def run(seed: int, replicas: int = 4, steps: int = 90) -> None:
             # A restart: the document comes back from its own snapshot.
             model.document.join(model.document.snapshot())
             model.document.lanes.load(model.document.engine.state(), model.document.version)
+        elif roll < 0.9:
+            model.succeed(next(writers))
         pass_on(rng.randrange(6))
         model.check((seed, step))
         if step % 10 == 0:

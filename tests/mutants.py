@@ -50,16 +50,16 @@ def empty_covers() -> None:
 def removals_dropped_early() -> None:
     settled = Lanes._is_settled
 
-    def is_settled(self: Lanes, path: str) -> bool:
-        own = self.own_slot(path)
-        return (own is not None and own.value is None) or settled(self, path)
+    def is_settled(self: Lanes, writer: int, path: str, slot: Any = None) -> bool:
+        own = self.own_slot(path) if writer == self.writer else None
+        return (own is not None and own.value is None) or settled(self, writer, path, slot)
 
     Lanes._is_settled = is_settled
 
 
 @mutant
 def covered_slots_never_dropped() -> None:
-    Lanes._is_settled = lambda self, path: False
+    Lanes._is_settled = lambda self, writer, path, slot=None: False
 
 
 @mutant
@@ -92,8 +92,13 @@ def heads_never_replaced() -> None:
 
 
 @mutant
-def adoption_loses_counts() -> None:
-    document.filed = lambda flat, lane: {lane: (flat[0], flat[1])} if lane else {}
+def adopters_drop_what_is_live() -> None:
+    settled = Lanes._is_settled
+
+    def is_settled(self: Lanes, writer: int, path: str, slot: Any = None) -> bool:
+        return writer != self.writer or settled(self, writer, path, slot)
+
+    Lanes._is_settled = is_settled
 
 
 # Sync

@@ -153,9 +153,8 @@ def _lost_covers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(document_module, "covering", lambda cell, writer: NO_COVERS)
 
 
-def _last_total_of_the_lane_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = crdts_module.filed
-    monkeypatch.setattr(crdts_module, "filed", lambda flat, lane: honest(flat, 1))
+def _totals_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crdts_module, "totals", lambda slot: (0, 0))
 
 
 def _remove_always_wins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,9 +165,7 @@ def _remove_always_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crdts_module.Set, "_has", has)
 
 
-@pytest.mark.parametrize(
-    "mutate", [_lost_covers, _last_total_of_the_lane_lost, _remove_always_wins]
-)
+@pytest.mark.parametrize("mutate", [_lost_covers, _totals_lost, _remove_always_wins])
 def test_the_story_below_catches(
     monkeypatch: pytest.MonkeyPatch, mutate: Callable[[pytest.MonkeyPatch], None]
 ) -> None:

@@ -971,3 +971,25 @@ def test_refusals_never_raise(caplog: pytest.LogCaptureFixture) -> None:
 
     with pytest.raises(InvalidUpdate):
         decode_change(b"")
+
+
+def test_the_lane_of_a_former_writer_is_adopted_once_no_peer_has_more_of_it() -> None:
+    lost, one, two = Node(9), Node(1), Node(2)
+    changes = write(lost, "a", "b")
+    connect(lost, two)
+    run(lost, two, seconds=2)
+    one.core.former.add(9)
+    one.store.append([Entry("main", 9, 1, changes[0].data)])
+    one._load(next(iter(one.store.load())))
+    one.core.restore("main", one.document("main").version, one.store.floor("main"))
+    lanes = one.document("main").lanes
+
+    run(one, seconds=3)
+    assert lanes.tended == [1]
+    connect(one, two)
+    one.map("plan")["a"] = "mine"
+    run(one, two, seconds=5)
+
+    assert lanes.tended == [1, 9]
+    assert set(lanes.lanes[9].places) == {"mplan\0b"}
+    assert one.document("main").lanes.canonical() == two.document("main").lanes.canonical()

@@ -34,7 +34,7 @@ from crdtstate.simulation.world import Simulation
 CHANGES = 60
 """Writes of one seed, unless told otherwise."""
 
-ACTIVE = 7.0
+ACTIVE = 6.0
 """Seconds in which they are made, and things go wrong."""
 
 SETTLING = 90.0
@@ -48,7 +48,7 @@ MESH_MAX = 16
 
 KEYS = ("a", "b", "c")
 
-SIZES = (3,) * 12 + (4,) * 9 + (5,) * 5 + (6,) * 3 + (10,)
+SIZES = (3,) * 12 + (4,) * 9 + (5,) * 5 + (6,) * 3 + (8,)
 """Agents of a seed: mostly few, for faults to meet."""
 
 

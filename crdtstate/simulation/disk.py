@@ -40,14 +40,15 @@ class Image(MemoryStore):
         super().__init__()
         # Document -> what rows and snapshot amount to.
         self.versions: dict[str, Version] = {}
-        # The newest session: agent, writer, boot, place; and whether it was closed.
-        self.epoch: tuple[str, int, int, int] | None = None
+        # The sessions: agent, writer, boot, place; and whether the newest was closed.
+        self.epochs: list[tuple[str, int, int, int]] = []
         self.clean = False
 
     def copy(self) -> Image:
         twin = copy.copy(self)
         twin._rows, twin._saved = self._rows.copy(), self._saved.copy()
         twin._indexes = copy.deepcopy(self._indexes)
+        twin.epochs = self.epochs.copy()
         twin.versions = {name: version.copy() for name, version in self.versions.items()}
         return twin
 
@@ -110,10 +111,10 @@ class Disk:
         self._is_writing = self._is_syncing = False
         self.queued = self.committed = self.synced = 0
         image = self._image
-        if image.epoch is None:
+        if not image.epochs:
             self.session = Session(None, None, False, False, False, False)
         else:
-            agent, writer, boot, place = image.epoch
+            agent, writer, boot, place = image.epochs[-1]
             self.session = Session(
                 agent,
                 writer,
@@ -121,6 +122,7 @@ class Disk:
                 boot == self._boot,
                 place == self._place,
                 self.durability == "power",
+                frozenset(epoch[1] for epoch in image.epochs if epoch[3] == self._place),
             )
 
     def start(self, agent: str, writer: int, on_progress: Callable[[], None]) -> None:
@@ -129,7 +131,8 @@ class Disk:
         epoch = (agent, writer, self._boot, self._place)
 
         def begin(image: Image) -> None:
-            image.epoch, image.clean = epoch, False
+            image.epochs.append(epoch)
+            image.clean = False
 
         self._queue(begin)
         self._commit(self.queued)

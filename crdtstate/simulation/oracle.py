@@ -26,12 +26,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crdtstate import wire
-from crdtstate.change import ADOPTION, Change, Origin
+from crdtstate.change import Change, Origin
 from crdtstate.clock import Cut, HybridClock, Version
 from crdtstate.crdts import Counter
 from crdtstate.document import Document, EngineFailure
 from crdtstate.events import Event, PeerRejected
-from crdtstate.slots import SEPARATOR, Cell, candidates, filed, live_slots, totals
+from crdtstate.slots import SEPARATOR, Cell, candidates, live_slots, totals
 
 if TYPE_CHECKING:
     from crdtstate.simulation.shell import SimulatedReplica
@@ -504,37 +504,9 @@ class Oracle:
         found = {path: _visible(path, cell) for path, cell in content.items()}
         for path in wanted.keys() | found.keys():
             want, have = wanted.get(path, {}), found.get(path, {})
-            if want != have and not self._may_be_back(document, path, want, have):
+            if want != have:
                 detail = f"{agent} reads {have} at {path!r} of {document.name!r}, not {want}"
                 raise Violation("I1", detail)
-
-    def _may_be_back(
-        self, document: Document, path: str, want: Mapping[Any, Any], have: Mapping[Any, Any]
-    ) -> bool:
-        """Whether all that is too much at *path* was removed by a change that a power cut took
-        from its writer's disk, and adopted by somebody who had not heard of that (L6). Whoever
-        wants to be sure of the last 0.1 s before a power cut uses durability="power"."""
-        extra = {dot: have[dot] for dot in have if dot not in want}
-        if path.startswith(Counter.kind) or have != {**want, **extra}:
-            return False
-        births = [
-            birth
-            for birth in self.births[document.name]
-            if document.version.covers((birth.writer, birth.seq))
-        ]
-        return all(
-            any(
-                removal.writer == writer
-                and any(op.path == path and op.value is None for op in removal.ops)
-                and any(
-                    seq <= adoption.past.get(writer, 0) < removal.seq
-                    for adoption in births
-                    if adoption.kind == ADOPTION and adoption.writer != writer
-                )
-                for removal in births
-            )
-            for writer, seq in extra
-        )
 
     def reference(self, document: str, version: Version) -> dict[str, dict[Any, Any]]:
         """What a version reads as: path -> visible dot -> value; a counter -> its sum."""
@@ -582,21 +554,9 @@ def _covers(token: Cut, birth: Birth) -> bool:
 
 def _visible(path: str, cell: Cell) -> dict[Any, Any]:
     if path.startswith(Counter.kind):
-        return {0: _sum(cell)} if cell else {}
-    return {
-        (tuple(slot.origin) if slot.origin else (writer, slot.seq)): slot.value
-        for writer, slot in candidates(cell)
-    }
-
-
-def _sum(cell: Cell) -> int:
-    """What a counter reads as: each writer's totals count once, wherever they are filed."""
-    sums: dict[int, tuple[int, int]] = {}
-    for writer, slot in cell.items():
-        for origin, (up, down) in filed(totals(slot), writer).items():
-            have = sums.get(origin, (0, 0))
-            sums[origin] = (max(up, have[0]), max(down, have[1]))
-    return sum(up - down for up, down in sums.values())
+        counted = [totals(slot) for slot in cell.values()]
+        return {0: sum(up - down for up, down in counted)} if cell else {}
+    return {(writer, slot.seq): slot.value for writer, slot in candidates(cell)}
 
 
 _NOTHING = Version()

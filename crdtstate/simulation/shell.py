@@ -96,7 +96,6 @@ class SimulatedReplica(DocumentSet):
         self._armed_at: float | None = None
         self._tickets: deque[tuple[int, int]] = deque()
         self._base: dict[str, int] = {}
-        self._closed_writers: list[int] = []
         self._recover()
 
     def _wall_ms(self) -> int:
@@ -108,12 +107,11 @@ class SimulatedReplica(DocumentSet):
         session = disk.session
         if session.writer is not None and may_keep_writer(session):
             self._writer = session.writer
-        elif session.writer is not None and session.same_file:
-            self._closed_writers.append(session.writer)
         for item in disk.load():
             self._load(item)
         now = self._schedule.now
         self.core = sync.Sync(self, self._hello(), self.config, self.rng, now)
+        self.core.former.update(session.writers - {self._writer})
         for name, version in self.versions():
             self._base[name] = version.get(self._writer, 0)
             self.core.restore(name, version, disk.floor(name), disk.size(name))
@@ -174,7 +172,7 @@ class SimulatedReplica(DocumentSet):
         waits = {
             "writes": self._open,
             "commits": self._tickets,
-            "adoptions": self._closed_writers and self.core.peers,
+            "adoptions": self.core.peers and self.core.unadopted(),
             "tidying": any(document.needs_tidying for document in self._documents.values()),
         }
         return [what for what, there_is in waits.items() if there_is]
@@ -291,7 +289,6 @@ class SimulatedReplica(DocumentSet):
         now = self._schedule.now
         if now >= self.core.next_deadline():
             self.core.tick(now)
-            self._adopt_closed()
         elif self._transaction is None:
             self._seal_open()
         self.pump()
@@ -331,14 +328,6 @@ class SimulatedReplica(DocumentSet):
             self._oracle.reloaded(self, name)
         self._on_event(self, IdentityRollback(old, new, reason))
         self._wake()
-
-    def _adopt_closed(self) -> None:
-        if not self._closed_writers or not self.core.peers or not self.core.is_synced():
-            return
-        for writer in self._closed_writers:
-            if self.core.has_all_of(writer) and self._transaction is None:
-                self.adopt(writer)
-        self._closed_writers.clear()
 
     # Connections
 

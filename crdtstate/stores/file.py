@@ -225,7 +225,9 @@ def read_session(db: apsw.Connection, host: Host) -> Session:
     agent, writer, clean, boot, place, power_safe = last
     same_boot = boot is not None and boot == host.boot()
     same_file = place == host.place()
-    return Session(agent, writer, bool(clean), same_boot, same_file, bool(power_safe))
+    found = db.execute("SELECT DISTINCT writer FROM epoch WHERE place IS ?", (host.place(),))
+    writers = frozenset(writer for (writer,) in found)
+    return Session(agent, writer, bool(clean), same_boot, same_file, bool(power_safe), writers)
 
 
 def read_indexes(
