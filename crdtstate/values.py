@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zoneinfo
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import msgpack
@@ -211,6 +211,10 @@ def _restore(code: int, data: bytes) -> Any:
     fixed = datetime.fromisoformat(text)
     if fixed.utcoffset() is None:
         raise ValueError("a datetime without timezone")
+    if text[-15:-6] == "00:00:00." and text[-16:-15] in ("+", "-"):
+        # fromisoformat drops an offset of less than a second.
+        offset = timedelta(microseconds=int(text[-16] + text[-6:]))
+        fixed = fixed.replace(tzinfo=timezone(offset))
     return _in_zone(fixed, zone.removesuffix("]")) if zone else fixed
 
 

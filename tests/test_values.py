@@ -72,6 +72,8 @@ def same(a, b):
 @example(-0.0)
 @example({1: "int", "1": "str", b"1": "bytes", None: "none", 2.5: "float"})
 @example({True: "bool", 0: "int"})
+@example(datetime(2000, 1, 1, tzinfo=timezone(timedelta(microseconds=1))))
+@example(datetime(2000, 1, 1, tzinfo=timezone(timedelta(microseconds=-1))))
 def test_a_value_comes_back_with_the_type_it_had(value):
     packed = pack(value, "v")
 
