@@ -51,17 +51,13 @@ from crdtstate.events import (
     PeerRejected,
     SnapshotReceived,
 )
+from crdtstate.transfer import DOWNLOADS_MAX, SNAPSHOTS_CACHED, Downloads, Uploads
 
 CHANGES_FRAME_BYTES = 256 * 1024
 CHECKSUM_BYTES = 17
 """The head of a change's bytes that tells it from all others."""
 
 MISMATCHES_MAX = 3
-SNAPSHOTS_CACHED = 4
-SNAPSHOT_AGE_MAX = 30.0
-CHUNKS_AHEAD = 8
-DOWNLOAD_STALL = 5.0
-DOWNLOAD_TRIES = 4
 QUARANTINE_MAX = 1000
 STRIKES_MAX = 20
 _EMPTY = Version()
@@ -151,8 +147,6 @@ class _Ledger:
     # Bytes persisted since the snapshot, and the size of that.
     log_bytes: int = 0
     snapshot_bytes: int = 0
-    # Peers that wait for a snapshot until own changes in it are committed (S3).
-    asked: set[int] = field(default_factory=set)
     tidy_at: float | None = None
 
 
@@ -165,19 +159,6 @@ class _Missing:
     tries: int = 0
     # Who was asked last.
     peer: int = 0
-
-
-@dataclass(slots=True)
-class _Download:
-    """A snapshot on its way in."""
-
-    peer: int
-    digest: bytes
-    size: int
-    at: float
-    data: bytearray = field(default_factory=bytearray)
-    asked: int = 0
-    tries: int = 0
 
 
 @dataclass(slots=True)
@@ -248,8 +229,8 @@ class Sync:
         self._waiting: dict[tuple[str, int, int], list[tuple[str, int, int]]] = {}
         self._pending_bytes = 0
         self._missing: dict[tuple[str, int], _Missing] = {}
-        self._downloads: dict[str, _Download] = {}
-        self._snapshots: OrderedDict[str, tuple[bytes, bytes, Version, float]] = OrderedDict()
+        self._uploads = Uploads(self._send)
+        self._downloads = Downloads(self._send)
         # Changes that the engine failed on; never tried again.
         # By checksum, not by dot: else one forged change would keep the true one out for ever.
         self._quarantine: OrderedDict[bytes, None] = OrderedDict()
@@ -265,7 +246,6 @@ class Sync:
         self._beat_at = now + config.heartbeat * rng.random()
         self._flush_at: float | None = None
         self._want_at: float | None = None
-        self._download_at: float | None = None
         self._tidy_at: float | None = None
 
     # Looking
@@ -312,8 +292,9 @@ class Sync:
         yield "pending changes", len(self._pending), config.pending_changes
         yield "pending bytes", self._pending_bytes, config.pending_bytes
         yield "places waited for", len(self._waiting), config.pending_changes
-        yield "cached snapshots", len(self._snapshots), SNAPSHOTS_CACHED
-        yield "downloads", len(self._downloads), len(self._ledgers)
+        yield "cached snapshots", len(self._uploads), SNAPSHOTS_CACHED
+        yield "downloads", self._downloads.active, DOWNLOADS_MAX
+        yield "offers", len(self._downloads), len(self._ledgers)
         yield "quarantined changes", len(self._quarantine), QUARANTINE_MAX
 
     @property
@@ -360,7 +341,7 @@ class Sync:
     def next_deadline(self) -> float:
         """When to call `tick` at the latest."""
         soonest = self._beat_at
-        for at in (self._flush_at, self._want_at, self._download_at, self._tidy_at):
+        for at in (self._flush_at, self._want_at, self._downloads.check_at, self._tidy_at):
             if at is not None and at < soonest:
                 soonest = at
         return soonest
@@ -394,8 +375,8 @@ class Sync:
         if link.hello is not None:
             event = PeerDisconnected(link.hello.agent, link.hello.writer, reason)
             self._effects.append(Emit(event))
-        for ledger in self._ledgers.values():
-            ledger.asked.discard(peer)
+        self._uploads.peer_down(peer)
+        self._downloads.peer_down(peer)
 
     def congested(self, peer: int) -> None:
         """Too much waits for this peer: queue no more live changes for it."""
@@ -785,8 +766,7 @@ class Sync:
                 # Somebody's next HAVE will bring it up again.
                 del self._missing[name, writer]
                 continue
-            running = self._downloads.get(name)
-            if running is not None and running.peer in self._links:
+            if self._downloads.is_running(name):
                 wanted.due = now + self.config.want_retry
                 continue
             start = wanted.tries if wanted.tries else self._rng.randrange(len(peers))
@@ -807,7 +787,7 @@ class Sync:
             return
         ledger = self._ledger(frame.document)
         if any(first <= ledger.floor.get(writer, 0) for writer, first, _ in frame.ranges):
-            ledger.asked.add(link.peer)
+            self._uploads.ask(frame.document, link.peer)
             self._serve_asked(frame.document)
             return
         committed = ledger.committed
@@ -874,91 +854,36 @@ class Sync:
     # Snapshots
 
     def _serve_asked(self, name: str) -> None:
-        """Offer a snapshot to those who wait for one, once no own change in it is uncommitted."""
-        ledger = self._ledger(name)
-        if not ledger.asked or self._has_uncommitted(name):
+        """Offer a snapshot to those who wait for one, once no own change in it is uncommitted
+        (S3), and once the document was rebuilt if its engine failed."""
+        if not self._uploads.is_asked(name) or self._has_uncommitted(name):
             return
         document = self.documents.find(name)
         if document is None:
-            ledger.asked.clear()
-            return
-        if document.is_broken:
-            # They are served once it was rebuilt.
-            return
-        cached = self._snapshots.get(name)
-        stale = cached is None or self._now - cached[3] > SNAPSHOT_AGE_MAX
-        if cached is None or stale or not ledger.floor <= cached[2]:
-            data = self._snapshot(document).encode()
-            digest = hashlib.blake2b(data, digest_size=32).digest()
-            cached = (digest, data, document.version.copy(), self._now)
-            self._snapshots[name] = cached
-        self._snapshots.move_to_end(name)
-        while len(self._snapshots) > SNAPSHOTS_CACHED:
-            self._snapshots.popitem(last=False)
-        for peer in sorted(ledger.asked):
-            self._send(peer, wire.Offer(name, cached[0], len(cached[1])))
-        ledger.asked.clear()
-
-    def _snapshot(self, document: Document) -> Snapshot:
-        return document.snapshot()
+            self._uploads.drop(name)
+        elif not document.is_broken:
+            floor = self._ledger(name).floor
+            self._uploads.offer(name, floor, self._now, document.snapshot)
 
     def _has_uncommitted(self, name: str) -> bool:
         return any(own is not None and doc == name for _, doc, own, _ in self._uncommitted)
 
     def _on_offer(self, link: _Link, frame: wire.Offer) -> None:
-        if not 0 < frame.size <= wire.SNAPSHOT_BYTES_MAX:
-            raise ProtocolError(f"a snapshot of {frame.size} bytes")
-        running = self._downloads.get(frame.document)
-        if running is not None and running.digest == frame.digest and len(running.data):
-            # The same snapshot again, after a lost connection: go on where it broke off.
-            running.peer, running.asked, running.at = link.peer, len(running.data), self._now
-        elif running is not None and running.peer in self._links:
-            return
-        else:
-            running = _Download(link.peer, frame.digest, frame.size, self._now)
-            self._downloads[frame.document] = running
-        self._get_more(frame.document, running)
-
-    def _get_more(self, name: str, download: _Download) -> None:
-        ahead = CHUNKS_AHEAD * wire.CHUNK_BYTES_MAX
-        while download.asked < download.size and download.asked < len(download.data) + ahead:
-            self._send(download.peer, wire.Get(name, download.digest, download.asked))
-            download.asked += wire.CHUNK_BYTES_MAX
-        self._download_at = self._now + DOWNLOAD_STALL
+        if any(name == frame.document for name, _ in self._missing):
+            self._downloads.on_offer(link.peer, frame, self._now)
 
     def _on_get(self, link: _Link, frame: wire.Get) -> None:
-        cached = self._snapshots.get(frame.document)
-        if cached is None or cached[0] != frame.digest:
+        if not self._uploads.on_get(link.peer, frame):
             # It has been replaced by a newer one: offer that.
-            ledger = self._ledger(frame.document)
-            ledger.asked.add(link.peer)
+            self._uploads.ask(frame.document, link.peer)
             self._serve_asked(frame.document)
-            return
-        data = cached[1][frame.offset : frame.offset + wire.CHUNK_BYTES_MAX]
-        if data:
-            self._send(link.peer, wire.Chunk(frame.document, frame.digest, frame.offset, data))
 
     def _on_chunk(self, link: _Link, frame: wire.Chunk) -> None:
-        download = self._downloads.get(frame.document)
-        if download is None or download.digest != frame.digest or download.peer != link.peer:
-            return
-        if frame.offset != len(download.data):
-            return
-        if len(download.data) + len(frame.data) > download.size:
-            del self._downloads[frame.document]
-            raise ProtocolError("a snapshot longer than offered")
-        download.data += frame.data
-        download.at, download.tries = self._now, 0
-        if len(download.data) < download.size:
-            self._get_more(frame.document, download)
-            return
-        del self._downloads[frame.document]
-        self._join(link, frame.document, download)
+        data = self._downloads.on_chunk(link.peer, frame, self._now)
+        if data is not None:
+            self._join(link, frame.document, data)
 
-    def _join(self, link: _Link, name: str, download: _Download) -> None:
-        data = bytes(download.data)
-        if hashlib.blake2b(data, digest_size=32).digest() != download.digest:
-            raise ProtocolError(f"a snapshot of {name!r} does not match its digest")
+    def _join(self, link: _Link, name: str, data: bytes) -> None:
         snapshot = Snapshot.decode(data)
         if snapshot.document != name:
             raise ProtocolError(f"a snapshot of {snapshot.document!r} in place of {name!r}")
@@ -1035,23 +960,6 @@ class Sync:
             if name == frame.document:
                 wanted.due = max(wanted.due, later)
 
-    def _check_downloads(self) -> None:
-        """Ask again for chunks that do not come; give up on peers that are gone."""
-        for name, download in list(self._downloads.items()):
-            if self._now - download.at < DOWNLOAD_STALL:
-                continue
-            download.tries += 1
-            gone = download.peer not in self._links
-            if gone or download.tries > DOWNLOAD_TRIES:
-                # Kept for a while, in case the same snapshot is offered again.
-                if download.tries > DOWNLOAD_TRIES:
-                    del self._downloads[name]
-                continue
-            download.at = self._now
-            download.asked = len(download.data)
-            self._get_more(name, download)
-        self._download_at = self._now + DOWNLOAD_STALL if self._downloads else None
-
     # Identity
 
     def _reidentify(self, reason: str) -> None:
@@ -1094,8 +1002,8 @@ class Sync:
         if self._want_at is not None and self._want_at <= now:
             self._ask()
             self._want_at = min((w.due for w in self._missing.values()), default=None)
-        if self._download_at is not None and self._download_at <= now:
-            self._check_downloads()
+        if self._downloads.check_at is not None and self._downloads.check_at <= now:
+            self._downloads.check(now)
         if self._tidy_at is not None and self._tidy_at <= now:
             self._tidy()
         if self._beat_at <= now:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from crdtstate import document, lanes, slots, sync
-from crdtstate.change import Change, Snapshot
+from crdtstate.change import Change
 from crdtstate.clock import Version
 from crdtstate.document import Document
 from crdtstate.lanes import Lanes
@@ -143,15 +143,29 @@ def no_want() -> None:
 
 @mutant
 def snapshot_cut_at_received() -> None:
-    def snapshot(self: Sync, found: Document) -> Snapshot:
-        made = found.snapshot()
-        received = Version(made.version)
-        for name, writer, seq in self._pending:
-            if name == found.name and seq > received.get(writer, 0):
-                received[writer] = seq
-        return made._replace(version=received)
+    serve = Sync._serve_asked
 
-    Sync._snapshot = snapshot
+    def serve_too_much(self: Sync, asked: str) -> None:
+        received: dict[int, int] = {}
+        for name, writer, seq in self._pending:
+            if name == asked:
+                received[writer] = max(seq, received.get(writer, 0))
+
+        def claim(offer: Any) -> Any:
+            def offer_more(name: str, floor: Any, now: float, take: Any) -> None:
+                made = take()
+                version = Version(made.version)
+                version.merge(received)
+                offer(name, floor, now, lambda: made._replace(version=version))
+
+            return offer_more
+
+        honest = self._uploads.offer
+        self._uploads.offer = claim(honest)  # type: ignore[method-assign]
+        serve(self, asked)
+        self._uploads.offer = honest  # type: ignore[method-assign]
+
+    Sync._serve_asked = serve_too_much
 
 
 @mutant

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import random
@@ -28,6 +29,7 @@ from crdtstate.events import (
 from crdtstate.stores import Entry, Saved
 from crdtstate.stores.memory import MemoryStore
 from crdtstate.sync import STRIKES_MAX, Sync
+from crdtstate.transfer import DOWNLOADS_MAX
 
 CONFIG = Config(want_delay=0.1, want_retry=0.5, have_delay=0.01, tidy_delay=0.5)
 TINY_LOG = replace(CONFIG, snapshot_after_bytes=1, log_bytes=1)
@@ -621,6 +623,11 @@ def big(node: Node, count: int) -> None:
         node.act()
 
 
+def announce(node: Node, peer: int, name: str = "main") -> None:
+    """Let *peer* say that it has a change that *node* lacks."""
+    node.core.receive(peer, wire.Have(name, Version({999: 1}), False), node.now)
+
+
 def test_who_is_below_the_floor_gets_a_snapshot_at_exactly_the_version() -> None:
     one = Node(1, TINY_LOG)
     write(one, *"abc")
@@ -688,6 +695,7 @@ def test_a_corrupt_chunk_spoils_the_snapshot_and_nothing_else() -> None:
     one, two, _, there = pair()
     write(two, "mine")
     offer = wire.Offer("main", b"d" * 32, 10)
+    announce(two, there)
     two.core.receive(there, offer, two.now)
     two.act()
     two.core.receive(there, wire.Chunk("main", offer.digest, 0, b"corrupted!"), two.now)
@@ -701,6 +709,7 @@ def test_a_corrupt_chunk_spoils_the_snapshot_and_nothing_else() -> None:
 def test_a_snapshot_larger_than_its_offer_is_refused() -> None:
     one, two, _, there = pair()
     offer = wire.Offer("main", b"d" * 32, 3)
+    announce(two, there)
     two.core.receive(there, offer, two.now)
     two.core.receive(there, wire.Chunk("main", offer.digest, 0, b"longer"), two.now)
     two.act()
@@ -718,13 +727,56 @@ def test_a_snapshot_with_more_of_my_writer_makes_me_another() -> None:
     here, _ = connect(one, relay)
     one.core.receive(here, relay.core.hello, one.now)
     snapshot = relay.document("main").snapshot().encode()
-    digest = __import__("hashlib").blake2b(snapshot, digest_size=32).digest()
+    digest = hashlib.blake2b(snapshot, digest_size=32).digest()
+    announce(one, here)
     one.core.receive(here, wire.Offer("main", digest, len(snapshot)), one.now)
     one.core.receive(here, wire.Chunk("main", digest, 0, snapshot), one.now)
     one.act()
 
     assert len(one.reidentified) == 1
     assert one.document("main").version == {1: 1}
+
+
+def test_a_snapshot_that_nobody_asked_for_is_not_fetched() -> None:
+    _, two, _, there = pair()
+    two.core.receive(there, wire.Offer("main", b"d" * 32, 10), two.now)
+    two.act()
+
+    assert not two.frames(wire.Get)
+
+
+def test_only_some_snapshots_are_fetched_at_a_time_and_the_others_after_them() -> None:
+    names = [f"document-{number}" for number in range(DOWNLOADS_MAX + 3)]
+    one = Node(1, TINY_LOG)
+    for name in names:
+        one.document(name).map("plan")["goal"] = name
+        one.act()
+        one.document(name).map("plan")["goal"] = f"{name} again"
+        one.act()
+    two = Node(2)
+    connect(one, two)
+    one.loses = lambda frame: isinstance(frame, wire.Chunk)
+    run(one, two, seconds=2)
+    assert len({frame.document for frame in two.frames(wire.Get)}) == DOWNLOADS_MAX
+    assert all(size <= limit for _, size, limit in two.core.loads())
+
+    one.loses = lambda frame: False
+    run(one, two, seconds=10)
+
+    for name in names:
+        assert two.document(name).map("plan")["goal"] == f"{name} again"
+
+
+def test_a_snapshot_that_its_peer_replaced_is_fetched_anew() -> None:
+    _, two, _, there = pair()
+    announce(two, there)
+    for digest in (b"a" * 32, b"b" * 32):
+        two.core.receive(there, wire.Offer("main", digest, 10), two.now)
+    two.core.receive(there, wire.Offer("main", b"b" * 32, 10), two.now)
+    two.act()
+
+    gets = [frame for frame in two.frames(wire.Get) if isinstance(frame, wire.Get)]
+    assert [frame.digest[:1] for frame in gets] == [b"a", b"b"]
 
 
 def test_after_a_snapshot_everything_that_waited_is_delivered_once() -> None:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from crdtstate import document as document_module
 from crdtstate import lanes as lanes_module
-from crdtstate import sync as sync_module
+from crdtstate import transfer as transfer_module
 from crdtstate import wire as wire_module
 from crdtstate.config import Config
 from crdtstate.document import Document
@@ -515,8 +515,9 @@ def _tight(segment_slots: int, chunk_bytes: int, settled: int) -> Iterator[None]
         (lanes_module, "SEGMENT_SLOTS", segment_slots),
         (wire_module, "CHUNK_BYTES_MAX", chunk_bytes),
         (document_module, "SETTLED_PER_CHANGE", settled),
-        (sync_module, "CHUNKS_AHEAD", 2),
-        (sync_module, "DOWNLOAD_STALL", 1.0),
+        (transfer_module, "CHUNKS_AHEAD", 2),
+        (transfer_module, "STALL", 1.0),
+        (transfer_module, "DOWNLOADS_MAX", 1),
     ]
     before = [getattr(module, name) for module, name, _ in places]
     for module, name, value in places:
