@@ -55,6 +55,11 @@ SEGMENT_SLOTS = 1000
 CLEANED_BELOW = 3
 """A closed segment is cleaned when at most one slot in so many is live."""
 
+GARBAGE_MAX = 8_000
+GARBAGE_PER_SLOT = 12
+"""Dead items, of 2 bytes each, that yrs may hold apart before the Doc is renewed, and how many more
+for each live slot."""
+
 NOTHING_OPEN: Mapping[str, Slot | None] = {}
 
 
@@ -179,6 +184,9 @@ class Lanes:
         # A dict because it keeps the order: one history gives one sequence of bytes.
         self.settled: dict[tuple[int, str], None] = {}
         self._updates: list[bytes] = []
+        # Items in deleted segments that yrs has not folded together: those of a path that was
+        # written to the segment again and again, but for its last.
+        self._garbage = 0
         self._start(Doc(client_id=writer))
 
     def _start(self, doc: Doc[Any]) -> None:
@@ -189,6 +197,22 @@ class Lanes:
         # transaction in which they are written.
         self._maps: dict[int, Any] = {}
         self._transaction: Any = None
+
+    def _renew(self) -> None:
+        """Take a fresh Doc of the same content if this one holds much unfolded garbage. At
+        loading yrs folds all of it; the cost, that of a load, comes once in many thousand writes,
+        and more seldom the more there is to load."""
+        live = sum(len(lane.places) for lane in self.lanes.values())
+        if self._garbage > GARBAGE_MAX + GARBAGE_PER_SLOT * live:
+            doc: Doc[Any] = Doc(client_id=self.writer)
+            doc.apply_update(self.state())
+            self._replace(doc)
+
+    def _replace(self, doc: Doc[Any]) -> None:
+        self.close()
+        self._updates.clear()
+        self._garbage = 0
+        self._start(doc)
 
     def close(self) -> None:
         """Let the Doc go; one that is still observed is never freed."""
@@ -295,6 +319,8 @@ class Lanes:
             return b""
         update = self._updates.pop()
         assert not self._updates, "one transaction gives one update"
+        if self._garbage > GARBAGE_MAX:
+            self._renew()
         return update
 
     def _put(self, lane: Lane, path: str, slot: Slot) -> None:
@@ -349,9 +375,13 @@ class Lanes:
                 self._put(lane, path, slot)
             del self._root[segment.key]
             self._maps.pop(segment.clock, None)
-            lane.close(segment)
+            self._close(lane, segment)
             return True
         return False
+
+    def _close(self, lane: Lane, segment: Segment) -> None:
+        self._garbage += segment.used - len(segment.tails)
+        lane.close(segment)
 
     # Replicating
 
@@ -479,8 +509,10 @@ class Lanes:
                 self._update(path, plan.writer, slot)
                 touched.append(path)
         for clock in plan.closes:
-            lane.close(lane.segments[clock])
+            self._close(lane, lane.segments[clock])
         self.look_at(touched)
+        if self._garbage > GARBAGE_MAX:
+            self._renew()
         return touched
 
     # State
@@ -499,9 +531,7 @@ class Lanes:
         lanes, containers = _read_state(state, version)
         doc: Doc[Any] = Doc(client_id=self.writer)
         doc.apply_update(state)
-        self.close()
-        self._updates.clear()
-        self._start(doc)
+        self._replace(doc)
         self.lanes, self.containers = lanes, containers
         self.settled = {}
         for writer in self.tended:
