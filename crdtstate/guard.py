@@ -7,9 +7,10 @@ foreign byte reaches pycrdt before it was read here, and what was read is put to
 slots feed the index of the lanes, and states are joined by splicing their sections.
 
 The shape of a document (Yjs update encoding, version 1): a root map "lanes" holds, as
-"client/number", segments (nested maps); a segment maps a key to a slot (one buffer). All of a
-client stands in its own section, refers to that section alone, and extends one of its
-*chains*: the items that one key of one map has had, of which all but the last are deleted.
+"client/number", maps; those hold maps in turn, or slots (one buffer each), and a map in a map holds
+slots only. `lanes` calls the former groups and the latter segments. All of a client stands in its
+own section, refers to that section alone, and extends one of its *chains*: the items that one key
+of one map has had, of which all but the last are deleted.
 
 This module knows the shape. Whether a change extends the right chain of a lane as it stands
 now, only the index can tell: that is checked in `lanes`.
@@ -46,7 +47,7 @@ GC = 0
 DELETED = 1
 """Deleted items that follow each other in one chain; the key they stood at is still known."""
 SEGMENT = 7
-"""A live nested map."""
+"""A live map in the root, or in a map in the root."""
 SLOT = 8
 """A live buffer."""
 
@@ -62,12 +63,12 @@ _IN_ROOT = b"\x01" + bytes([len(ROOT)]) + ROOT.encode()
 _ONE_BUFFER = b"\x01\x74"
 _MAP = 1
 
-_MISPLACED = "segments are in the root, and slots in segments"
+_MISPLACED = "maps are in the root or one level below, and slots in maps"
 
 Item = tuple[int | None, int | str | None, str | None, bytes | None]
 """``(origin, parent, key, content)`` of a new item. Either *origin*, the clock of the item it
-follows in its chain; or the start of a chain: *parent*, a segment's clock or `ROOT`, and *key*.
-*content* is that of a slot, None for a new segment."""
+follows in its chain; or the start of a chain: *parent*, a map's clock or `ROOT`, and *key*.
+*content* is that of a slot, None for a new map."""
 
 Struct = tuple[int, int, int, int | None, int | str | None, str | None, bytes | None]
 """``(clock, length, kind, origin, parent, key, content)`` of a part of a lane's state. Parent
@@ -124,7 +125,12 @@ def _parse_change(data: bytes) -> ParsedChange:
             raise InvalidUpdate("a change has one author")
         client, clock, structs, at = _parse_section(data, at, _LIVE, CHANGE_ITEMS_MAX)
         places: set[object] = set()
-        for _, _, _, origin, parent, key, content in structs:
+        inner: set[int] = set()
+        for at_clock, _, kind, origin, parent, key, content in structs:
+            if kind == SEGMENT and type(parent) is int:
+                if parent in inner:
+                    raise InvalidUpdate(_MISPLACED)
+                inner.add(at_clock)
             if origin is None:
                 places.add((parent, key))
             elif origin < clock:
@@ -184,7 +190,9 @@ def _parse_state(data: bytes) -> dict[int, ParsedLane]:
 
 def _follow_chains(raw: list[Struct], body: bytes) -> ParsedLane:
     """Check that the structs form chains, and tell each its parent and key."""
-    segments: set[int] = set()
+    # Live maps: in the root, and all.
+    outer: set[int] = set()
+    maps: set[int] = set()
     begun: set[tuple[int | str | None, str | None]] = set()
     # Last clock of a deleted run -> where its chain stands. Taken out when followed, so a
     # chain doesn't fork; and as it holds deleted runs only, all but a chain's last are that.
@@ -201,18 +209,22 @@ def _follow_chains(raw: list[Struct], body: bytes) -> ParsedLane:
                     raise InvalidUpdate("an item does not follow the deleted end of a chain")
                 parent, key = place
                 struct = (clock, length, kind, origin, parent, key, content)
-            elif parent is not ROOT and parent not in segments:
-                raise InvalidUpdate("an item in something that is not a live segment")
+            elif parent is not ROOT and parent not in maps:
+                raise InvalidUpdate("an item in something that is not a live map")
             elif place in begun:
                 raise InvalidUpdate("two chains at one key")
             else:
                 begun.add((parent, key))
             if kind == DELETED:
                 ends[clock + length - 1] = (parent, key)
-            elif (parent is ROOT) is not (kind == SEGMENT):
-                raise InvalidUpdate(_MISPLACED)
             elif kind == SEGMENT:
-                segments.add(clock)
+                if parent is ROOT:
+                    outer.add(clock)
+                elif parent not in outer:
+                    raise InvalidUpdate(_MISPLACED)
+                maps.add(clock)
+            elif parent is ROOT:
+                raise InvalidUpdate(_MISPLACED)
         if kind == GC or kind == DELETED:
             if deletes and sum(deletes[-1]) == clock:
                 deletes[-1] = (deletes[-1][0], deletes[-1][1] + length)
@@ -339,8 +351,8 @@ def _parse_section(
                 key = data[at : at + size].decode()
                 at += size
                 if parent is ROOT and not _is_name(key, client):
-                    raise InvalidUpdate(f"{key[:40]!r} does not name a segment of {client}")
-                if kind != DELETED and (parent is ROOT) is not (kind == SEGMENT):
+                    raise InvalidUpdate(f"{key[:40]!r} does not name a map of {client}")
+                if parent is ROOT and kind == SLOT:
                     raise InvalidUpdate(_MISPLACED)
         if kind == SLOT:
             if not data.startswith(_ONE_BUFFER, at):
@@ -351,7 +363,7 @@ def _parse_section(
             at += size
         elif kind == SEGMENT:
             if data[at] != _MAP:
-                raise InvalidUpdate("a segment is not a map")
+                raise InvalidUpdate("a nested type that is not a map")
             at += 1
         else:
             length, at = parse_varint(data, at)

@@ -2,12 +2,13 @@
 Single-writer lanes: how a document's state lies in a pycrdt Doc.
 
 A document is one ``pycrdt.Doc`` whose root map ``lanes`` holds, for each writer, a *lane*: a few
-*segments* (nested maps under the root keys ``writer/number``) that map a *path* to a *slot*. The
-state of a path is the set of its slots over all lanes, its *cell*. Writers never touch each
-other's lanes, so concurrent writes to a path never meet inside Yjs, where one would vanish: both
-stay visible until somebody who saw both writes again. The per-path vector clocks are the dotted
-version vectors of Riak (Preguiça et al., "Dotted Version Vectors", 2010); segments and their
-cleaning are those of a log-structured file system (Rosenblum & Ousterhout, 1992).
+*segments* that map a *path* to a *slot*. They are nested maps in *groups*, which are maps under the
+root keys ``writer/number``: what is left of a deleted segment goes with its group. The state of a
+path is the set of its slots over all lanes, its *cell*. Writers never touch each other's lanes, so
+concurrent writes to a path never meet inside Yjs, where one would vanish: both stay visible until
+somebody who saw both writes again. The per-path vector clocks are the dotted version vectors of
+Riak (Preguiça et al., "Dotted Version Vectors", 2010); segments and their cleaning are those of a
+log-structured file system (Rosenblum & Ousterhout, 1992).
 
 The invariants, kept in this module and `document`:
 
@@ -18,7 +19,8 @@ L3  The owner drops its slot once it is covered, and drops its removal once that
     visible. Both are *settled*: they make no difference any more.
 L4  A path has one slot per lane. Writes go to the lane's head segment and leave their older
     one in the same transaction. A segment that is two thirds dead is cleaned: its live slots
-    move to the head and the nested map is deleted, which Yjs folds into one garbage range.
+    move to the head and the nested map is deleted, which Yjs folds into one garbage range. A
+    full group whose segments are all deleted is deleted too.
 L5  Changes are delivered in causal order; L2 to L4 are only sound under it.
 L6  A closed writer's lane is adopted by a successor, once all its changes are delivered: it
     drops there what is settled, as the owner would. What is live stays where it is, under its
@@ -50,7 +52,11 @@ from crdtstate.slots import (
 )
 
 SEGMENT_SLOTS = 1000
-"""Writes into one segment before the next one opens. Larger: less overhead; longer cleanings."""
+"""Writes into one segment before the next one opens, at most. Larger: less overhead; longer
+cleanings. A lane with few slots has shorter ones, down to a quarter, for less dead weight."""
+
+GROUP_SEGMENTS = 32
+"""Segments in one group."""
 
 CLEANED_BELOW = 3
 """A closed segment is cleaned when at most one slot in so many is live."""
@@ -63,19 +69,37 @@ for each live slot."""
 NOTHING_OPEN: Mapping[str, Slot | None] = {}
 
 
-def segment_key(writer: int, clock: int) -> str:
-    """The root key of the segment that *writer* opens at *clock*: never used twice."""
+def group_key(writer: int, clock: int) -> str:
+    """The root key of the group that *writer* opens at *clock*: never used twice."""
     return f"{writer}/{clock}"
+
+
+def segment_key(clock: int) -> str:
+    """The key, in its group, of the segment that is opened at *clock*."""
+    return str(clock)
+
+
+class Group:
+    """A map of a lane that holds segments."""
+
+    __slots__ = ("clock", "key", "opened", "live")
+
+    def __init__(self, clock: int, key: str) -> None:
+        self.clock = clock
+        self.key = key
+        # Segments ever opened in it, and those of them that live.
+        self.opened = 0
+        self.live = 0
 
 
 class Segment:
     """One nested map of a lane: the last item of every path written to it, live or not."""
 
-    __slots__ = ("clock", "key", "tails", "used", "live", "last")
+    __slots__ = ("clock", "group", "tails", "used", "live", "last")
 
-    def __init__(self, clock: int, key: str) -> None:
+    def __init__(self, clock: int, group: Group) -> None:
         self.clock = clock
-        self.key = key
+        self.group = group
         self.tails: dict[str, int] = {}
         # Items ever written into it, those of them that are live, and the newest one's clock.
         self.used = 0
@@ -90,12 +114,15 @@ class Segment:
 class Lane:
     """Where the slots of one writer lie: the shadow of its items in the Doc."""
 
-    __slots__ = ("writer", "clock", "segments", "items", "places", "ripe", "head")
+    __slots__ = ("writer", "clock", "groups", "segments", "items", "places", "ripe", "head", "last")
 
     def __init__(self, writer: int) -> None:
         self.writer = writer
         # The clock that yrs gives to the writer's next item.
         self.clock = 0
+        # Item clock of a living group -> group, and the newest.
+        self.groups: dict[int, Group] = {}
+        self.last: Group | None = None
         # Item clock of a living segment -> segment.
         self.segments: dict[int, Segment] = {}
         # Item clock of the last item of a path in a living segment -> where.
@@ -107,10 +134,21 @@ class Lane:
         # The newest segment, which is written to.
         self.head: Segment | None = None
 
-    def open(self, clock: int) -> Segment:
-        segment = self.segments[clock] = Segment(clock, segment_key(self.writer, clock))
-        self.head = segment
+    def open_group(self, clock: int) -> Group:
+        group = self.groups[clock] = self.last = Group(clock, group_key(self.writer, clock))
+        return group
+
+    def open(self, clock: int, group: Group) -> Segment:
+        segment = self.segments[clock] = self.head = Segment(clock, group)
+        group.opened += 1
+        group.live += 1
         return segment
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no head, or enough was written into it."""
+        size = min(SEGMENT_SLOTS, max(SEGMENT_SLOTS // 4, 4 * len(self.places)))
+        return self.head is None or self.head.used >= size
 
     def place(self, segment: Segment, path: str, clock: int) -> None:
         """Record that *path* is now said by the item *clock* of *segment*."""
@@ -137,11 +175,18 @@ class Lane:
     def close(self, segment: Segment) -> None:
         """Forget a deleted segment; its live paths have left before."""
         del self.segments[segment.clock]
+        segment.group.live -= 1
         self.ripe.pop(segment.clock, None)
         if segment is self.head:
             self.head = None
         for clock in segment.tails.values():
             del self.items[clock]
+
+    def close_group(self, group: Group) -> None:
+        """Forget a deleted group; its segments were closed before."""
+        del self.groups[group.clock]
+        if group is self.last:
+            self.last = None
 
     def live_paths(self, segment: Segment) -> list[str]:
         return [path for path, clock in segment.tails.items() if self.places.get(path) == clock]
@@ -151,14 +196,16 @@ class Plan(NamedTuple):
     """A checked change, ready to be applied."""
 
     writer: int
-    segments: list[int]
-    """Clocks of new segments."""
+    groups: list[int]
+    """Clocks of new groups."""
+    segments: list[tuple[int, int]]
+    """Clocks of new segments, each with its group's."""
     puts: list[tuple[int, int, str, Slot]]
     """(item's clock, segment's clock, path, slot)"""
     drops: list[tuple[int, str]]
     """(lane's writer, path)"""
     closes: list[int]
-    """Clocks of deleted segments of the writer."""
+    """Clocks of deleted segments and groups of the writer, segments first."""
     moved: set[str]
     """Paths whose slot only moved to another segment."""
     clock: int
@@ -312,7 +359,7 @@ class Lanes:
                     written += 1
             for writer, path in drops:
                 self._drop(lane if writer == self.writer else self.lanes[writer], path)
-            for _ in range(1 + written // SEGMENT_SLOTS):
+            for _ in range(1 + 4 * written // SEGMENT_SLOTS):
                 if not self._clean(lane, first_clock):
                     break
         if not self._updates:
@@ -325,7 +372,7 @@ class Lanes:
 
     def _put(self, lane: Lane, path: str, slot: Slot) -> None:
         head = lane.head
-        if head is None or head.used >= SEGMENT_SLOTS:
+        if head is None or lane.is_full:
             head = self._open(lane)
         old = lane.places.get(path)
         if old is not None:
@@ -346,18 +393,23 @@ class Lanes:
         self._map(lane, segment).remove(self._transaction, path)
 
     def _open(self, lane: Lane) -> Segment:
-        head = lane.open(lane.clock)
-        self._root[head.key] = YMap({})
+        group = lane.last
+        if group is None or group.opened >= GROUP_SEGMENTS:
+            group = lane.open_group(lane.clock)
+            self._root[group.key] = YMap({})
+            lane.clock += 1
+        head = lane.open(lane.clock, group)
+        self._root[group.key][segment_key(head.clock)] = YMap({})
         lane.clock += 1
         return head
 
     def _map(self, lane: Lane, segment: Segment) -> Any:
-        if lane.writer != self.writer:
-            # Its owner may delete it at any time.
-            return self._root[segment.key].integrated
-        found = self._maps.get(segment.clock)
+        found = self._maps.get(segment.clock) if lane.writer == self.writer else None
         if found is None:
-            found = self._maps[segment.clock] = self._root[segment.key].integrated
+            found = self._root[segment.group.key][segment_key(segment.clock)].integrated
+            if lane.writer == self.writer:
+                # Others may delete theirs at any time.
+                self._maps[segment.clock] = found
         return found
 
     def _clean(self, lane: Lane, before: int) -> bool:
@@ -373,9 +425,14 @@ class Lanes:
                 # It need not be taken out: it goes with the whole segment.
                 lane.leave(path)
                 self._put(lane, path, slot)
-            del self._root[segment.key]
+            group = segment.group
             self._maps.pop(segment.clock, None)
             self._close(lane, segment)
+            if group.live or group is lane.last:
+                del self._root[group.key][segment_key(segment.clock)]
+            else:
+                del self._root[group.key]
+                lane.close_group(group)
             return True
         return False
 
@@ -411,16 +468,23 @@ class Lanes:
         clock = lane.clock
         if parsed.client is not None and parsed.clock != clock:
             raise InvalidUpdate(f"items start at clock {parsed.clock}, expected {clock}")
-        opened: list[int] = []
+        groups: list[int] = []
+        opened: dict[int, int] = {}
         puts: list[tuple[int, int, str, Slot]] = []
         moved: set[str] = set()
         seen: set[str] = set()
         dead, closes = self._check_deletes(parsed.deletes, lane)
         for origin, parent, key, content in parsed.items:
-            if content is None:
-                if parent != "lanes" or key != segment_key(writer, clock):
-                    raise InvalidUpdate("a segment outside of its writer's lane (L1)")
-                opened.append(clock)
+            if content is None and parent == guard.ROOT:
+                if key != group_key(writer, clock):
+                    raise InvalidUpdate("a group outside of its writer's lane (L1)")
+                groups.append(clock)
+            elif content is None:
+                if type(parent) is not int or key != segment_key(clock):
+                    raise InvalidUpdate("a segment outside of its writer's groups (L1)")
+                if parent not in lane.groups and parent not in groups:
+                    raise InvalidUpdate("a segment outside of its writer's groups (L1)")
+                opened[clock] = parent
             else:
                 where, path = _locate(lane, opened, origin, parent, key)
                 if path in seen:
@@ -439,7 +503,7 @@ class Lanes:
             open_slot = before.get(path) if owner == self.writer else None
             if owner != writer and not self._is_settled(owner, path, open_slot):
                 raise InvalidUpdate(f"{writer:x} deletes slot {path!r} of {owner:x} (L1)")
-        return Plan(writer, opened, puts, drops, closes, moved, clock)
+        return Plan(writer, groups, list(opened.items()), puts, drops, closes, moved, clock)
 
     def _check_slot(self, path: str, slot: Slot, writer: int, seq: int, version: Version) -> bool:
         """Check one slot; return whether it only moved."""
@@ -462,9 +526,11 @@ class Lanes:
     def _check_deletes(
         self, deletes: list[tuple[int, int, int]], lane: Lane
     ) -> tuple[set[tuple[int, str]], list[int]]:
-        """What the delete set removes: (lane's writer, path) of slots, clocks of segments."""
+        """What the delete set removes: (lane's writer, path) of slots, clocks of segments and of
+        groups after them."""
         dead: set[tuple[int, str]] = set()
         closes: list[int] = []
+        shuts: list[int] = []
         for client, start, length in deletes:
             owner = lane if client == lane.writer else self.lanes.get(client)
             if owner is None:
@@ -477,14 +543,25 @@ class Lanes:
                         dead.add((client, item[1]))
                 elif clock in owner.segments and owner is lane:
                     closes.append(clock)
-                elif owner is lane or clock in owner.segments or clock >= owner.clock:
+                elif clock in owner.groups and owner is lane:
+                    shuts.append(clock)
+                elif (
+                    owner is lane
+                    or clock in owner.segments
+                    or clock in owner.groups
+                    or clock >= owner.clock
+                ):
                     # Else the owner replaced it, in a change that its adopter has not seen (L6).
                     raise InvalidUpdate(f"deletes item {client:x}:{clock}, which is not there")
         for clock in closes:
             segment = lane.segments[clock]
             if any((lane.writer, path) not in dead for path in lane.live_paths(segment)):
-                raise InvalidUpdate(f"deletes segment {segment.key} with slots in it (L4)")
-        return dead, closes
+                raise InvalidUpdate(f"deletes segment {clock} with slots in it (L4)")
+        for clock in shuts:
+            left = sum(1 for at in closes if lane.segments[at].group.clock == clock)
+            if lane.groups[clock].live != left:
+                raise InvalidUpdate(f"deletes group {clock} with segments in it (L4)")
+        return dead, closes + shuts
 
     def apply(self, update: bytes, plan: Plan) -> list[str]:
         """Apply a checked change to the Doc and the index; return the paths that changed.
@@ -496,8 +573,10 @@ class Lanes:
         self._updates.clear()
         lane = self.lane(plan.writer)
         lane.clock = plan.clock
-        for clock in plan.segments:
-            lane.open(clock)
+        for clock in plan.groups:
+            lane.open_group(clock)
+        for clock, group in plan.segments:
+            lane.open(clock, lane.groups[group])
         touched: list[str] = []
         for owner, path in plan.drops:
             self.lane(owner).leave(path)
@@ -509,7 +588,10 @@ class Lanes:
                 self._update(path, plan.writer, slot)
                 touched.append(path)
         for clock in plan.closes:
-            self._close(lane, lane.segments[clock])
+            if clock in lane.segments:
+                self._close(lane, lane.segments[clock])
+            else:
+                lane.close_group(lane.groups[clock])
         self.look_at(touched)
         if self._garbage > GARBAGE_MAX:
             self._renew()
@@ -572,7 +654,7 @@ def _locate(
     if type(parent) is not int or key is None or (segment is None and parent not in opened):
         raise InvalidUpdate("a slot outside of its writer's segments (L1)")
     if segment is not None and key in segment.tails:
-        raise InvalidUpdate(f"path {key!r} starts twice in segment {segment.key}")
+        raise InvalidUpdate(f"path {key!r} starts twice in segment {segment.clock}")
     return parent, key
 
 
@@ -587,10 +669,19 @@ def _read_state(state: bytes, version: Version) -> tuple[dict[int, Lane], dict[s
             if kind == guard.GC:
                 continue
             assert path is not None
-            if kind == guard.SEGMENT:
-                if path != segment_key(writer, clock):
-                    raise InvalidUpdate("a segment outside of its writer's lane (L1)")
-                lane.open(clock)
+            if kind == guard.SEGMENT and parent == guard.ROOT:
+                if path != group_key(writer, clock):
+                    raise InvalidUpdate("a group outside of its writer's lane (L1)")
+                lane.open_group(clock)
+            elif type(parent) is int and parent in lane.groups:
+                group = lane.groups[parent]
+                if kind == guard.DELETED:
+                    # What is left of a segment, or of several.
+                    group.opened += length
+                elif kind == guard.SEGMENT and path == segment_key(clock):
+                    lane.open(clock, group)
+                else:
+                    raise InvalidUpdate("a group holds something that is no segment (L1)")
             elif type(parent) is int:
                 segment = lane.segments.get(parent)
                 if segment is None:

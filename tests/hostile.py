@@ -42,8 +42,10 @@ from crdtstate.guard import (
 )
 from crdtstate.guard import encode_varint as varint
 
-Visible = dict[str, dict[str, bytes]]
-"""The live slots of a document, by segment and key."""
+Visible = dict[tuple[str, ...], dict[str, bytes]]
+"""The live slots of a document, by the keys of group and segment, and by key."""
+
+GROUP_SEGMENTS = 3
 
 
 # Honest updates
@@ -63,8 +65,10 @@ class Writer:
         self.doc: Doc[Any] = Doc(client_id=client)
         self.root = self.doc.get(ROOT, type=Map)
         self.changes: list[bytes] = []
-        self.home: dict[str, str] = {}  # key -> the segment its slot is in
-        self.used: dict[str, int] = {}  # segment -> slots ever put there, for the living ones
+        # key -> the segment its slot is in, by the keys of group and segment
+        self.home: dict[str, tuple[str, str]] = {}
+        # segment -> slots ever put there, for the living ones
+        self.used: dict[tuple[str, str], int] = {}
         self.opened = 0
         self._subscription = self.doc.observe(lambda event: self.changes.append(event.update))
         with self.doc.transaction():
@@ -83,17 +87,23 @@ class Writer:
     def _write(self, key: str, content: bytes | None) -> None:
         home = self.home.pop(key, None)
         if home is not None and (content is None or home != self.head):
-            del self.root[home][key]
+            del self._map(home)[key]
         if content is not None:
-            self.root[self.head][key] = content
+            self._map(self.head)[key] = content
             self.home[key] = self.head
             self.used[self.head] += 1
 
     def _open(self) -> None:
-        self.head = f"{self.client}/{self.opened}"
+        group = f"{self.client}/{self.opened // GROUP_SEGMENTS}"
+        if self.opened % GROUP_SEGMENTS == 0:
+            self.root[group] = Map({})
+        self.head = (group, str(self.opened))
         self.opened += 1
-        self.root[self.head] = Map({})
+        self.root[group][self.head[1]] = Map({})
         self.used[self.head] = 0
+
+    def _map(self, name: tuple[str, str]) -> Any:
+        return self.root[name[0]][name[1]]
 
     def _clean(self, written: set[str]) -> None:
         live = {name: [key for key in self.home if self.home[key] == name] for name in self.used}
@@ -102,11 +112,14 @@ class Writer:
         if written.intersection(live[name]):
             return  # written in this change, to what was the head then
         for key in live[name]:
-            self.root[self.head][key] = bytes(self.root[name][key])
+            self._map(self.head)[key] = bytes(self._map(name)[key])
             self.home[key] = self.head
             self.used[self.head] += 1
-        del self.root[name]
         del self.used[name]
+        if any(group == name[0] for group, _ in [*self.used, self.head]):
+            del self.root[name[0]][name[1]]
+        else:
+            del self.root[name[0]]
 
 
 def honest_writer(client: int, rng: random.Random, changes: int, keys: int = 6) -> Writer:
@@ -134,23 +147,31 @@ def load(*updates: bytes) -> Doc[Any]:
 
 def visible(doc: Doc[Any]) -> Visible:
     """What pycrdt shows of a document of lanes."""
-    segments = doc.get(ROOT, type=Map).to_py() or {}
-    return {
-        name: {key: bytes(content) for key, content in segment.items()}
-        for name, segment in segments.items()
-    }
+    shown: Visible = {}
+
+    def show(name: tuple[str, ...], held: dict[str, Any]) -> None:
+        slots = shown[name] = {}
+        for key, content in held.items():
+            if isinstance(content, dict):
+                show((*name, key), content)
+            else:
+                slots[key] = bytes(content)
+
+    for key, held in (doc.get(ROOT, type=Map).to_py() or {}).items():
+        show((key,), held)
+    return shown
 
 
 def visible_in(lanes: dict[int, ParsedLane]) -> Visible:
     """What the guard saw in a state."""
     shown: Visible = {}
     for lane in lanes.values():
-        names: dict[int, str] = {}
+        names: dict[int | str | None, tuple[str, ...]] = {ROOT: ()}
         for clock, _, kind, _, parent, key, content in lane.structs:
             if kind == SEGMENT:
                 assert isinstance(key, str)
-                names[clock] = key
-                shown[key] = {}
+                names[clock] = (*names[parent], key)
+                shown[names[clock]] = {}
             elif kind == SLOT:
                 assert isinstance(parent, int) and key is not None and content is not None
                 shown[names[parent]][key] = content
@@ -261,8 +282,10 @@ def plausible(client: int, clock: int, rng: random.Random) -> bytes:
             within = rng.randrange(max(1, own))
             structs.append(slot(rng.randbytes(2), client, origin=origin, parent=within, key=key))
         else:
-            name = f"{client}/{rng.randrange(5)}"
-            structs.append(item(SEGMENT, b"\x01", client, origin=origin, key=name))
+            within = rng.choice([ROOT, ROOT, rng.randrange(max(1, own))])
+            name = rng.choice([f"{client}/{rng.randrange(5)}", f"{client}/{own}", str(own), key])
+            made = item(SEGMENT, b"\x01", client, origin=origin, parent=within, key=name)
+            structs.append(made)
     ranges = []
     at = 0
     while rng.random() < 0.6 and at < clock:
