@@ -28,7 +28,10 @@ NAME_CHARS_MAX = 200
 CHANGE_BYTES_MAX = 2 * 1024 * 1024
 """Bytes of one change. A transaction beyond it is refused as a whole."""
 
-DEPS_MAX = 4096
+CHANGE_SLACK = 1024 * 1024
+"""What tidying, cleaning and dependencies may add to that."""
+
+DEPS_MAX = 40_000
 STATE_BYTES_MAX = 256 * 1024 * 1024
 FORMAT = 1
 
@@ -109,7 +112,7 @@ def decode_change(data: bytes) -> Change:
     Raises:
         InvalidUpdate: The checksum does not match or a field is malformed or out of bounds.
     """
-    if len(data) > CHANGE_BYTES_MAX + 64 * 1024:
+    if len(data) > CHANGE_BYTES_MAX + CHANGE_SLACK:
         raise InvalidUpdate(f"a change of {len(data)} bytes is too long")
     if len(data) < 18 or data[0] != CHECKSUM:
         raise InvalidUpdate("a change of an unknown scheme")
@@ -209,9 +212,12 @@ class Snapshot(NamedTuple):
         if type(shared) is not bool or type(state) is not bytes or type(agents) is not tuple:
             raise InvalidUpdate("a snapshot is malformed")
         _check(stamp, 0, STAMP_MAX, "stamp")
-        names = dict(zip(agents[::2], agents[1::2], strict=False))
-        if not all(type(w) is int and type(a) is str and len(a) <= 1000 for w, a in names.items()):
+        pairs = list(zip(agents[::2], agents[1::2], strict=False))
+        if len(agents) % 2 or not all(
+            type(w) is int and type(a) is str and len(a) <= 1000 for w, a in pairs
+        ):
             raise InvalidUpdate("a snapshot's agents are malformed")
+        names = dict(pairs)
         taken = _decode_version(version)
         tips = _decode_version(heads)
         if not tips <= taken:

@@ -51,6 +51,9 @@ CHANGE_BYTES_GOAL = 128 * 1024
 CHANGE_PATHS_GOAL = 1024
 """Where plain writes are sealed without waiting for the end of the loop turn."""
 
+CHANGE_PATHS_MAX = 20_000
+"""Paths that one transaction may write."""
+
 SETTLED_PER_CHANGE = 500
 """Own slots dropped per change because others cover them; bounds the length of a change."""
 
@@ -216,7 +219,7 @@ class Document:
         cell = cells.cells.get(key)
         covers = covering(cell, self.writer) if cell else NO_COVERS
         own = cell.get(self.writer) if cell else None
-        self._open(path, own, len(value) if value is not None else 0)
+        self._open(path, own, (len(value) if value is not None else 0) + 14 * len(covers))
         if value is None and not covers:
             cells.update(key, self.writer, None)
         else:
@@ -243,13 +246,32 @@ class Document:
             self._open_bytes = 0
             self._on_write(self)
         if path not in before:
+            if len(before) >= CHANGE_PATHS_MAX:
+                raise UsageError(
+                    f"a transaction in {self.name!r} writes more than {CHANGE_PATHS_MAX} places; "
+                    "split it into smaller ones"
+                )
             before[path] = own
-        self._open_bytes += len(path) + size + 24
+        size += (len(path) if path.isascii() else len(path.encode())) + 32
+        self._open_bytes += size
         if self._open_bytes > CHANGE_BYTES_MAX:
-            raise UsageError(
-                f"a transaction in {self.name!r} grew beyond {CHANGE_BYTES_MAX} bytes; "
-                "split it into smaller ones"
-            )
+            # What was written again and again counts once.
+            self._open_bytes = size + self._measure(but_for=path)
+            if self._open_bytes > CHANGE_BYTES_MAX:
+                raise UsageError(
+                    f"a transaction in {self.name!r} grew beyond {CHANGE_BYTES_MAX} bytes; "
+                    "split it into smaller ones"
+                )
+
+    def _measure(self, but_for: str) -> int:
+        """The bytes of the open change without one path."""
+        slots = ((path, self.lanes.own_slot(path)) for path in self._before if path != but_for)
+        return sum(
+            len(path.encode())
+            + 32
+            + (len(slot.value or b"") + 14 * len(slot.covers) if slot else 0)
+            for path, slot in slots
+        )
 
     def _check_goal(self) -> None:
         if self._open_bytes > CHANGE_BYTES_GOAL or len(self._before) > CHANGE_PATHS_GOAL:
@@ -263,12 +285,21 @@ class Document:
         """See `check_key`."""
         return check_key(key, where)
 
-    def rollback(self) -> None:
-        """Forget the open change; nothing of it happened."""
+    def mark(self) -> Mapping[str, Slot | None]:
+        """What is open now, for `rollback`."""
+        return {path: self.lanes.own_slot(path) for path in self._before}
+
+    def rollback(self, mark: Mapping[str, Slot | None] | None = None) -> None:
+        """Forget what was written since *mark*, or since the last change: none of it happened."""
         before, self._before = self._before, {}
-        self._open_kind, self._open_stamp = WRITE, 0
         for path, slot in before.items():
-            self.lanes.set_own(path, slot)
+            if mark and path in mark:
+                self._before[path] = slot
+                self.lanes.set_own(path, mark[path])
+            else:
+                self.lanes.set_own(path, slot)
+        if not self._before:
+            self._open_kind, self._open_stamp = WRITE, 0
         if self.native is not None:
             self.native.rollback()
 

@@ -131,12 +131,14 @@ class DocumentSet:
             except UnicodeEncodeError as exc:
                 raise UnsupportedValue(label, f"not valid Unicode: {exc}") from exc
         self._seal_open()
+        # What is open still cannot be sealed now, and must stay as it is.
+        marks = {name: document.mark() for name, document in self._open.items()}
         self._transaction = Origin(self.agent, message, run)
         try:
             yield
         except BaseException:
-            for document in self._open.values():
-                document.rollback()
+            for name, document in self._open.items():
+                document.rollback(marks.get(name))
             # A native document says in its next change that its edits were undone.
             self._open = {name: d for name, d in self._open.items() if d.is_open}
             raise

@@ -33,8 +33,8 @@ KEY_BYTES_MAX = 1024
 
 # The change of one transaction stays far below these; they bound the work for a hostile one.
 CHANGE_BYTES_MAX = 4 << 20
-CHANGE_ITEMS_MAX = 20_000
-CHANGE_RANGES_MAX = 20_000
+CHANGE_ITEMS_MAX = 50_000
+CHANGE_RANGES_MAX = 50_000
 CHANGE_DELETED_MAX = 100_000
 CHANGE_DELETE_CLIENTS_MAX = 64
 

@@ -58,6 +58,13 @@ cleanings. A lane with few slots has shorter ones, down to a quarter, for less d
 GROUP_SEGMENTS = 32
 """Segments in one group."""
 
+CLEANED_BYTES_MAX = 512 * 1024
+CLEANED_SLOTS_MAX = 4_000
+"""What cleaning may add to a change, or its first slot alone."""
+
+ADOPTED_PER_CHANGE = 50
+"""Lanes in which one change may drop slots; the guard's limit is 64."""
+
 CLEANED_BELOW = 3
 """A closed segment is cleaned when at most one slot in so many is live."""
 
@@ -313,14 +320,17 @@ class Lanes:
         they were, as (writer, path). Paths in *busy* wait."""
         drops: dict[str, int] = {}
         waiting: list[tuple[int, str]] = []
+        writers: set[int] = set()
         while self.settled and len(drops) < limit:
             place, _ = self.settled.popitem()
             writer, path = place
-            if path in busy or path in drops:
+            is_one_more = writer not in writers and len(writers) >= ADOPTED_PER_CHANGE
+            if path in busy or path in drops or is_one_more:
                 waiting.append(place)
             elif self._is_settled(writer, path):
                 self._update(path, writer, None)
                 drops[path] = writer
+                writers.add(writer)
         self.settled.update(dict.fromkeys(waiting))
         if len(self.tended) > 1:
             # What has gone may have been all that a removal in another lane covered.
@@ -336,6 +346,14 @@ class Lanes:
             cell = {**cell, writer: slot}
         return writer in cell and not cells.is_counter and is_settled(cell, writer)
 
+    def _may_drop(self, writer: int, path: str, slot: Slot | None) -> bool:
+        """Whether somebody else may drop this slot: it is settled, or a removal, which may cover
+        something here that moved in a change its adopter has not seen."""
+        container, _, key = path.partition(SEPARATOR)
+        slot = slot or self.container(container).cells.get(key, {}).get(writer)
+        is_removal = slot is not None and slot.value is None
+        return is_removal or self._is_settled(writer, path, slot)
+
     def write(
         self, slots: Mapping[str, Slot | None], drops: Collection[tuple[int, str]] = ()
     ) -> bytes:
@@ -345,7 +363,7 @@ class Lanes:
         Returns the update, empty if nothing had to change.
         """
         lane = self.lane(self.writer)
-        written = 0
+        written = size = 0
         first_clock = lane.clock
         with self._doc.transaction() as transaction:
             # Slots go in and out by the engine's own handles: pycrdt's Map opens a nested
@@ -355,13 +373,18 @@ class Lanes:
                 if slot is None:
                     self._drop(lane, path)
                 else:
-                    self._put(lane, path, slot)
+                    size += self._put(lane, path, slot)
                     written += 1
             for writer, path in drops:
                 self._drop(lane if writer == self.writer else self.lanes[writer], path)
             for _ in range(1 + 4 * written // SEGMENT_SLOTS):
-                if not self._clean(lane, first_clock):
+                moved = lane.clock - first_clock - written
+                if moved > CLEANED_SLOTS_MAX or size > CLEANED_BYTES_MAX:
                     break
+                cleaned = self._clean(lane, first_clock, CLEANED_BYTES_MAX - size)
+                if cleaned is None:
+                    break
+                size += cleaned
         if not self._updates:
             return b""
         update = self._updates.pop()
@@ -370,7 +393,8 @@ class Lanes:
             self._renew()
         return update
 
-    def _put(self, lane: Lane, path: str, slot: Slot) -> None:
+    def _put(self, lane: Lane, path: str, slot: Slot) -> int:
+        """Write a slot into the head; return its bytes."""
         head = lane.head
         if head is None or lane.is_full:
             head = self._open(lane)
@@ -379,9 +403,11 @@ class Lanes:
             segment = lane.items[old][0]
             if segment is not head:
                 self._take_out(lane, segment, path)
-        self._map(lane, head).insert(self._transaction, path, slot.encode())
+        data = slot.encode()
+        self._map(lane, head).insert(self._transaction, path, data)
         lane.place(head, path, lane.clock)
         lane.clock += 1
+        return len(data) + len(path)
 
     def _drop(self, lane: Lane, path: str) -> None:
         clock = lane.places.get(path)
@@ -412,19 +438,33 @@ class Lanes:
                 self._maps[segment.clock] = found
         return found
 
-    def _clean(self, lane: Lane, before: int) -> bool:
-        """Clean one segment that is mostly dead and was there *before* this transaction (L4)."""
+    def _clean(self, lane: Lane, before: int, bytes_max: int) -> int | None:
+        """Clean one segment that is mostly dead and was there *before* this transaction (L4).
+
+        Returns the bytes moved, None if there was nothing to clean. Beyond *bytes_max* the rest
+        of the segment waits for another change."""
         for segment in lane.ripe.values():
             # Yjs would merge items written and deleted in one transaction, which the strict
             # form of a change refuses: what was written just now has its turn next time.
             if segment is lane.head or not segment.is_ripe() or segment.last >= before:
                 continue
-            for path in lane.live_paths(segment):
+            slots: list[tuple[str, Slot]] = []
+            size = 0
+            paths = lane.live_paths(segment)
+            for path in paths:
                 slot = self.own_slot(path)
                 assert slot is not None, f"{path!r} lies in the lane but not in the index"
+                size += len(path) + len(slot.value or b"")
+                if slots and size > bytes_max:
+                    break
+                slots.append((path, slot))
+            if len(slots) < len(paths):
+                return sum(self._put(lane, path, slot) for path, slot in slots)
+            moved = 0
+            for path, slot in slots:
                 # It need not be taken out: it goes with the whole segment.
                 lane.leave(path)
-                self._put(lane, path, slot)
+                moved += self._put(lane, path, slot)
             group = segment.group
             self._maps.pop(segment.clock, None)
             self._close(lane, segment)
@@ -433,8 +473,8 @@ class Lanes:
             else:
                 del self._root[group.key]
                 lane.close_group(group)
-            return True
-        return False
+            return moved
+        return None
 
     def _close(self, lane: Lane, segment: Segment) -> None:
         self._garbage += segment.used - len(segment.tails)
@@ -501,7 +541,7 @@ class Lanes:
         for owner, path in drops:
             # A successor may tidy up in another's lane, and nothing else (L6).
             open_slot = before.get(path) if owner == self.writer else None
-            if owner != writer and not self._is_settled(owner, path, open_slot):
+            if owner != writer and not self._may_drop(owner, path, open_slot):
                 raise InvalidUpdate(f"{writer:x} deletes slot {path!r} of {owner:x} (L1)")
         return Plan(writer, groups, list(opened.items()), puts, drops, closes, moved, clock)
 
@@ -699,6 +739,7 @@ def _read_state(state: bytes, version: Version) -> tuple[dict[int, Lane], dict[s
                 if container not in containers:
                     containers[container] = Container(container)
                 containers[container].update(key, writer, slot)
+        lane.ripe = {at: segment for at, segment in lane.segments.items() if segment.is_ripe()}
     return lanes, containers
 
 

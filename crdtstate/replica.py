@@ -35,6 +35,7 @@ from crdtstate.errors import (
     InvalidUpdate,
     ProtocolError,
     ReplicaClosed,
+    StoreError,
     StoreUnavailable,
     TransportError,
     UsageError,
@@ -676,9 +677,16 @@ class Replica(DocumentSet):
         old, new = self._writer, draw_writer(self._rng)
         for name, seq in self._sync.own_acked.items():
             self._base[name] = max(seq, self._base.get(name, 0))
+        try:
+            self._store.forget(old, self._base)
+            self._store.start(self.agent, new, self._on_store_progress)
+        except StoreError as exc:
+            # The next thing that a peer says of our writer brings it up again.
+            log.error("%s: cannot go on as another writer now: %s", self.agent, exc)
+            self._emit(StoreFailed(str(exc)))
+            self._sync.reidentify_later()
+            return
         self._tickets.clear()
-        self._store.forget(old, self._base)
-        self._store.start(self.agent, new, self._on_store_progress)
         self._writer = new
         self._base = {}
         self._sync.reidentified(self._hello(), self._loop.time())

@@ -51,7 +51,7 @@ from crdtstate.events import (
     PeerRejected,
     SnapshotReceived,
 )
-from crdtstate.transfer import DOWNLOADS_MAX, SNAPSHOTS_CACHED, Downloads, Uploads
+from crdtstate.transfer import CACHE_MAX, DOWNLOADS_MAX, Downloads, Uploads
 
 CHANGES_FRAME_BYTES = 256 * 1024
 CHECKSUM_BYTES = 17
@@ -224,8 +224,8 @@ class Sync:
         # writer and seq or a whole version).
         self._uncommitted: deque[tuple[int, str, Change | None, Version | Dot]] = deque()
         self._persisted = 0
-        # Pending changes by dot, and by the dot they wait for.
-        self._pending: dict[tuple[str, int, int], Change] = {}
+        # Pending changes by dot, with the peer that sent each; and by the dot they wait for.
+        self._pending: dict[tuple[str, int, int], tuple[Change, int]] = {}
         self._waiting: dict[tuple[str, int, int], list[tuple[str, int, int]]] = {}
         self._pending_bytes = 0
         self._missing: dict[tuple[str, int], _Missing] = {}
@@ -292,7 +292,7 @@ class Sync:
         yield "pending changes", len(self._pending), config.pending_changes
         yield "pending bytes", self._pending_bytes, config.pending_bytes
         yield "places waited for", len(self._waiting), config.pending_changes
-        yield "cached snapshots", len(self._uploads), SNAPSHOTS_CACHED
+        yield "cached snapshots", len(self._uploads), CACHE_MAX
         yield "downloads", self._downloads.active, DOWNLOADS_MAX
         yield "offers", len(self._downloads), len(self._ledgers)
         yield "quarantined changes", len(self._quarantine), QUARANTINE_MAX
@@ -576,7 +576,7 @@ class Sync:
         elif document.is_ready(change):
             self._deliver(link, document, change)
         else:
-            self._park(document, change)
+            self._park(link, document, change)
 
     def _find_or_make(self, name: str, shared: bool) -> Document:
         found = self.documents.find(name)
@@ -585,7 +585,7 @@ class Sync:
             found = self.documents.find_or_make(name, shared)
         return found
 
-    def _park(self, document: Document, change: Change) -> None:
+    def _park(self, link: _Link, document: Document, change: Change) -> None:
         """Let a change wait for the first one it lacks; or, when too many do, forget it: it was
         not acknowledged, so it will be asked for again (S6)."""
         limit = self.config
@@ -596,7 +596,7 @@ class Sync:
             self._want(change.document, change.writer, change.seq, self._now + limit.want_retry)
             return
         key = (change.document, change.writer, change.seq)
-        self._pending[key] = change
+        self._pending[key] = (change, link.peer)
         self._pending_bytes += len(change.data)
         self._wait(document, change)
 
@@ -610,31 +610,29 @@ class Sync:
         due = self._now + self.config.want_delay
         self._want(change.document, lacking.writer, lacking.seq, due)
 
-    def _unpark(self, key: tuple[str, int, int]) -> Change | None:
-        change = self._pending.pop(key, None)
-        if change is not None:
-            self._pending_bytes -= len(change.data)
-        return change
+    def _unpark(self, key: tuple[str, int, int]) -> tuple[Change, _Link | None]:
+        """Take a pending change out; return it with the link that it came by, if that is up."""
+        change, peer = self._pending.pop(key)
+        self._pending_bytes -= len(change.data)
+        return change, self._links.get(peer)
 
     def _deliver(self, link: _Link | None, document: Document, change: Change) -> None:
         """Deliver a ready change and all that waited for it."""
-        ready = [change]
+        ready = [(change, link)]
         while ready:
-            change = ready.pop()
+            change, link = ready.pop()
             if document.is_broken:
                 self._want(change.document, change.writer, change.seq, self._now)
                 continue
             if not self._apply(link, document, change):
                 continue
             for key in self._waiting.pop((change.document, change.writer, change.seq), ()):
-                waiting = self._pending.get(key)
-                if waiting is None:
+                if key not in self._pending:
                     continue
-                if document.is_ready(waiting):
-                    self._unpark(key)
-                    ready.append(waiting)
+                if document.is_ready(self._pending[key][0]):
+                    ready.append(self._unpark(key))
                 else:
-                    self._wait(document, waiting)
+                    self._wait(document, self._pending[key][0])
 
     def _apply(self, link: _Link | None, document: Document, change: Change) -> bool:
         try:
@@ -652,6 +650,10 @@ class Sync:
             ahead = (change.stamp >> 16) / 1000 - self.documents.wall_ms() / 1000
             self._effects.append(Emit(ClockSkew(change.origin.agent, ahead)))
         self._persist(change, None)
+        for writer, seq in change.deps:
+            if writer == self.hello.writer:
+                # Who wrote it has ours, so it can no more be taken back.
+                self.own_acked[document.name] = max(seq, self.own_acked.get(document.name, 0))
         self._outgoing.append((change, link))
         self._effects.append(Delivered(document, change, paths, change.origin.agent))
         self._note_tidying(document)
@@ -683,7 +685,7 @@ class Sync:
         self._arm_want()
         found = self.documents.find(document)
         assert found is not None, f"{document!r} was rebuilt and is not there"
-        self._retry_pending(None, found)
+        self._retry_pending(found)
         self._serve_asked(document)
         self._note_tidying(found)
 
@@ -869,7 +871,10 @@ class Sync:
         return any(own is not None and doc == name for _, doc, own, _ in self._uncommitted)
 
     def _on_offer(self, link: _Link, frame: wire.Offer) -> None:
-        if any(name == frame.document for name, _ in self._missing):
+        if any(
+            name == frame.document and wanted.peer == link.peer and wanted.tries
+            for (name, _), wanted in self._missing.items()
+        ):
             self._downloads.on_offer(link.peer, frame, self._now)
 
     def _on_get(self, link: _Link, frame: wire.Get) -> None:
@@ -906,9 +911,9 @@ class Sync:
         self._effects.append(Delivered(document, None, paths, link.agent))
         self._effects.append(Emit(SnapshotReceived(name, link.agent, len(data))))
         self._note_tidying(document)
-        self._retry_pending(link, document)
+        self._retry_pending(document)
 
-    def _retry_pending(self, link: _Link | None, document: Document) -> None:
+    def _retry_pending(self, document: Document) -> None:
         """After a jump of the version: deliver what became ready, forget what is contained."""
         name, version = document.name, document.version
         keys = [key for key in self._pending if key[0] == name]
@@ -918,14 +923,13 @@ class Sync:
             if version.covers((key[1], key[2])):
                 self._unpark(key)
         for key in keys:
-            change = self._pending.get(key)
-            if change is None:
+            if key not in self._pending:
                 continue
-            if document.is_ready(change):
-                self._unpark(key)
+            if document.is_ready(self._pending[key][0]):
+                change, link = self._unpark(key)
                 self._deliver(link, document, change)
             else:
-                self._wait(document, change)
+                self._wait(document, self._pending[key][0])
 
     def _save(self, document: Document) -> None:
         """Let the store keep the document as it is now, as its snapshot."""
@@ -966,6 +970,12 @@ class Sync:
         if not self._is_reidentifying:
             self._is_reidentifying = True
             self._effects.append(Reidentify(reason))
+
+    def reidentify_later(self) -> None:
+        """The store could not do it now: part from all, to hear of it anew."""
+        self._is_reidentifying = False
+        for link in list(self._links.values()):
+            self._hang_up(link, wire.ByeCode.NORMAL, "the store fails")
 
     def reidentified(self, hello: wire.Hello, now: float) -> None:
         """This replica goes on as ``hello.writer``. Load its documents anew; `restore` each.

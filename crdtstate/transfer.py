@@ -19,7 +19,10 @@ from crdtstate.change import Snapshot
 from crdtstate.clock import Version
 from crdtstate.errors import ProtocolError
 
-SNAPSHOTS_CACHED = 4
+CACHE_MAX = 64
+CACHE_BYTES_MAX = 64 * 2**20
+"""Encoded snapshots kept to be fetched, the newest alone excepted."""
+
 SNAPSHOT_AGE_MAX = 30.0
 """Seconds for which an encoded snapshot is offered again."""
 
@@ -55,6 +58,7 @@ class Uploads:
         # Document -> peers that wait for an offer.
         self._asked: dict[str, set[int]] = {}
         self._cached: OrderedDict[str, _Offered] = OrderedDict()
+        self._cached_bytes = 0
 
     def __len__(self) -> int:
         return len(self._cached)
@@ -87,12 +91,21 @@ class Uploads:
         if cached is None or now - cached.at > SNAPSHOT_AGE_MAX or not cached.version >= floor:
             snapshot = take()
             data = snapshot.encode()
+            self._drop_cached(document)
             cached = self._cached[document] = _Offered(_digest(data), data, snapshot.version, now)
+            self._cached_bytes += len(data)
         self._cached.move_to_end(document)
-        while len(self._cached) > SNAPSHOTS_CACHED:
-            self._cached.popitem(last=False)
+        while len(self._cached) > CACHE_MAX or (
+            self._cached_bytes > CACHE_BYTES_MAX and len(self._cached) > 1
+        ):
+            self._drop_cached(next(iter(self._cached)))
         for peer in sorted(self._asked.pop(document, ())):
             self._send(peer, wire.Offer(document, cached.digest, len(cached.data)))
+
+    def _drop_cached(self, document: str) -> None:
+        old = self._cached.pop(document, None)
+        if old is not None:
+            self._cached_bytes -= len(old.data)
 
     def on_get(self, peer: int, frame: wire.Get) -> bool:
         """Send a chunk; False if that snapshot is not offered any more."""
@@ -156,11 +169,11 @@ class Downloads:
         if not 0 < frame.size <= wire.SNAPSHOT_BYTES_MAX:
             raise ProtocolError(f"a snapshot of {frame.size} bytes")
         found = self._running.get(frame.document)
-        is_same = found is not None and found.digest == frame.digest
-        if found is not None and found.peer is not None and (is_same or found.peer != peer):
+        if found is not None and found.peer not in (None, peer):
             return
-        if found is not None and is_same:
-            # The connection was lost meanwhile: go on where it broke off.
+        if found is not None and found.digest == frame.digest:
+            # The connection was lost meanwhile, or the other side had forgotten its snapshot and
+            # made the same again: go on where it broke off.
             found.peer, found.asked, found.at = peer, len(found.data), now
         else:
             self._running[frame.document] = _Download(peer, frame.digest, frame.size, now)
@@ -173,6 +186,11 @@ class Downloads:
             return None
         if frame.offset != len(found.data):
             return None
+        left = found.size - len(found.data)
+        if len(frame.data) < min(left, wire.CHUNK_BYTES_MAX):
+            # Trickling would keep others from being asked.
+            del self._running[frame.document]
+            raise ProtocolError(f"a chunk of {len(frame.data)} bytes in the midst of a snapshot")
         found.data += frame.data
         found.at, found.tries = now, 0
         if len(found.data) >= found.size:
@@ -190,13 +208,13 @@ class Downloads:
     def check(self, now: float) -> None:
         """Ask again for chunks that do not come; give up on what does not go on."""
         for document, download in list(self._running.items()):
-            if now - download.at < STALL or not download.asked:
+            if not download.asked or now < download.at + STALL:
                 continue
             download.tries += 1
+            download.at = now
             if download.tries > TRIES:
                 del self._running[document]
             elif download.peer is not None:
-                download.at = now
                 download.asked = len(download.data)
         self._get_more(now)
 
@@ -216,7 +234,8 @@ class Downloads:
                 frame = wire.Get(document, download.digest, download.asked)
                 self._send(download.peer, frame)
                 download.asked += wire.CHUNK_BYTES_MAX
-        self.check_at = now + STALL if self._running else None
+        waiting = [download.at for download in self._running.values() if download.asked]
+        self.check_at = max(now, min(waiting) + STALL) if waiting else None
 
 
 def _digest(data: bytes) -> bytes:

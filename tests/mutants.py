@@ -223,9 +223,9 @@ def fingerprint_ignored() -> None:
 
 @mutant
 def pending_unbounded() -> None:
-    def park(self: Sync, found: Document, change: Change) -> None:
+    def park(self: Sync, link: Any, found: Document, change: Change) -> None:
         key = (change.document, change.writer, change.seq)
-        self._pending[key] = change
+        self._pending[key] = (change, link.peer)
         self._pending_bytes += len(change.data)
         self._wait(found, change)
 
@@ -234,7 +234,7 @@ def pending_unbounded() -> None:
 
 @mutant
 def pending_forgotten_after_a_snapshot() -> None:
-    Sync._retry_pending = lambda self, link, found: self._pending.clear()
+    Sync._retry_pending = lambda self, found: self._pending.clear()
 
 
 @mutant

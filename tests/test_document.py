@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from typing import Any
 
+import msgpack
 import pytest
+import zstandard
 from harness import Agent, contents, exchange
 
 from crdtstate.change import (
@@ -130,6 +133,23 @@ def test_a_transaction_that_is_too_large_is_refused_as_a_whole() -> None:
             agent.map("plan")[f"k{number}"] = "x" * 500_000
 
     assert dict(agent.map("plan")) == {} and agent.sealed() == []
+
+
+def test_a_failed_transaction_leaves_what_was_open_before_it() -> None:
+    # Review: plain writes to a broken document stay open, and went with a failed transaction.
+    agent = Agent(1)
+    plan = agent.map("plan")
+    plan["sealed"] = 1
+    agent.sealed()
+    agent.document("main").is_broken = True
+    plan["open"] = 1
+
+    with pytest.raises(KeyError), agent.transaction():
+        plan["open"] = 2
+        plan["undone"] = 1
+        raise KeyError
+
+    assert dict(plan) == {"sealed": 1, "open": 1}
 
 
 def test_plain_writes_of_one_turn_are_one_change_until_they_grow_large() -> None:
@@ -344,6 +364,21 @@ def test_damaged_snapshots_are_refused() -> None:
     for end in range(0, len(data), 7):
         with pytest.raises(InvalidUpdate):
             Snapshot.decode(data[:end])
+
+
+def test_a_snapshot_with_malformed_agents_is_refused() -> None:
+    agent = Agent(1)
+    agent.map("plan")["a"] = 1
+    agent.sealed()
+    good = agent.document("main").snapshot()
+    body = zstandard.ZstdDecompressor().decompress(good.encode()[16:])
+    for agents in ([1, "a", 2], [[1], "a"], [1, 2], ["a", 1]):
+        fields = msgpack.unpackb(body)
+        fields[6] = agents
+        packed = zstandard.compress(msgpack.packb(fields))
+        data = hashlib.blake2b(packed, digest_size=16).digest() + packed
+        with pytest.raises(InvalidUpdate, match="agents"):
+            Snapshot.decode(data)
 
 
 def test_a_snapshot_does_not_contain_the_open_change_and_joining_keeps_it() -> None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from crdtstate import Config, sync, wire
-from crdtstate.change import Change, Snapshot, decode_change, encode_change
+from crdtstate.change import Change, Origin, Snapshot, decode_change, encode_change
 from crdtstate.clock import Dot, Version
 from crdtstate.document import Document, EngineFailure
 from crdtstate.documents import DocumentSet
@@ -29,7 +29,7 @@ from crdtstate.events import (
 from crdtstate.stores import Entry, Saved
 from crdtstate.stores.memory import MemoryStore
 from crdtstate.sync import STRIKES_MAX, Sync
-from crdtstate.transfer import DOWNLOADS_MAX
+from crdtstate.transfer import DOWNLOADS_MAX, Downloads
 
 CONFIG = Config(want_delay=0.1, want_retry=0.5, have_delay=0.01, tidy_delay=0.5)
 TINY_LOG = replace(CONFIG, snapshot_after_bytes=1, log_bytes=1)
@@ -624,8 +624,10 @@ def big(node: Node, count: int) -> None:
 
 
 def announce(node: Node, peer: int, name: str = "main") -> None:
-    """Let *peer* say that it has a change that *node* lacks."""
+    """Let *peer* say that it has a change that *node* lacks, and be asked for it."""
     node.core.receive(peer, wire.Have(name, Version({999: 1}), False), node.now)
+    node.now += node.config.want_delay
+    node.core.tick(node.now)
 
 
 def test_who_is_below_the_floor_gets_a_snapshot_at_exactly_the_version() -> None:
@@ -772,11 +774,80 @@ def test_a_snapshot_that_its_peer_replaced_is_fetched_anew() -> None:
     announce(two, there)
     for digest in (b"a" * 32, b"b" * 32):
         two.core.receive(there, wire.Offer("main", digest, 10), two.now)
-    two.core.receive(there, wire.Offer("main", b"b" * 32, 10), two.now)
     two.act()
 
     gets = [frame for frame in two.frames(wire.Get) if isinstance(frame, wire.Get)]
     assert [frame.digest[:1] for frame in gets] == [b"a", b"b"]
+
+
+def test_a_snapshot_that_its_peer_forgot_and_made_again_goes_on() -> None:
+    # Review: with more snapshots than the peer keeps, each first Get met an Offer of the same.
+    _, two, _, there = pair()
+    announce(two, there)
+    offer = wire.Offer("main", b"a" * 32, 10)
+    two.core.receive(there, offer, two.now)
+    two.core.receive(there, offer, two.now)
+    two.act()
+
+    assert len(two.frames(wire.Get)) == 2
+
+
+def test_a_peer_that_trickles_is_given_up_for_others() -> None:
+    _, two, _, there = pair()
+    announce(two, there)
+    offer = wire.Offer("main", b"a" * 32, 10)
+    two.core.receive(there, offer, two.now)
+    two.core.receive(there, wire.Chunk("main", offer.digest, 0, b""), two.now)
+    two.act()
+
+    assert "0 bytes" in two.heard(PeerRejected)[0].reason
+    assert not two.core._downloads.is_running("main")
+
+
+def test_a_stalled_transfer_is_asked_for_again_while_another_flows() -> None:
+    sent: list[tuple[int, wire.Frame]] = []
+    downloads = Downloads(lambda peer, frame: sent.append((peer, frame)))
+    size = 100 * wire.CHUNK_BYTES_MAX
+    downloads.on_offer(1, wire.Offer("stalled", b"a" * 32, size), 0.0)
+    downloads.on_offer(2, wire.Offer("flowing", b"b" * 32, size), 0.0)
+    sent.clear()
+    for number in range(8):
+        now = 1.0 + number
+        chunk = wire.Chunk(
+            "flowing", b"b" * 32, number * wire.CHUNK_BYTES_MAX, bytes(wire.CHUNK_BYTES_MAX)
+        )
+        downloads.on_chunk(2, chunk, now)
+        if downloads.check_at is not None and downloads.check_at <= now:
+            downloads.check(now)
+
+    assert wire.Get("stalled", b"a" * 32, 0) in [frame for peer, frame in sent if peer == 1]
+
+
+def test_strikes_go_to_whoever_sent_the_change_and_not_to_who_sent_what_it_waited_for() -> None:
+    one, honest, hostile = Node(1), Node(2), Node(3)
+    connect(one, honest)
+    here, _ = connect(one, hostile)
+    run(one, honest, hostile, seconds=2)
+    for writer in range(101, 105):
+        junk = encode_change("main", Dot(writer, 1), {2: 1}, 1, 0, False, b"junk", Origin("x"))
+        one.core.receive(here, wire.Changes((junk.data,)), one.now)
+    write(honest, "a")
+    exchange(one, honest, hostile)
+
+    assert {event.agent for event in one.heard(PeerRejected)} == {hostile.agent}
+    assert keys(one) == {"a"}
+
+
+def test_what_a_peer_builds_on_is_not_taken_back() -> None:
+    # Review: a reply that came before its writer's HAVE; taken back, the journal had a hole.
+    one, two, _, _ = pair()
+    two.loses = lambda frame: isinstance(frame, wire.Have | wire.Heartbeat)
+    write(one, "question")
+    exchange(one, two)
+    write(two, "reply")
+    exchange(one, two)
+
+    assert one.core.own_acked == {"main": 1}
 
 
 def test_after_a_snapshot_everything_that_waited_is_delivered_once() -> None:

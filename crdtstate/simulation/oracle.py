@@ -26,12 +26,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crdtstate import wire
-from crdtstate.change import Change, Origin, Snapshot
+from crdtstate.change import Change, Origin, Snapshot, decode_change
 from crdtstate.clock import Cut, HybridClock, Version
 from crdtstate.crdts import Counter
 from crdtstate.document import Document, EngineFailure
+from crdtstate.errors import InvalidUpdate
 from crdtstate.events import Event, PeerRejected
-from crdtstate.slots import SEPARATOR, Cell, candidates, live_slots, totals
+from crdtstate.guard import parse_change
+from crdtstate.slots import SEPARATOR, Cell, Slot, candidates, live_slots, totals
 
 if TYPE_CHECKING:
     from crdtstate.simulation.shell import SimulatedReplica
@@ -108,6 +110,7 @@ class WatchedDocument(Document):
         self._replica = replica
         self._oracle = oracle
         self._ops: list[Op] = []
+        self._marked = 0
         # Whether the engine is to fail on the next change.
         self.fails_next = False
 
@@ -122,10 +125,15 @@ class WatchedDocument(Document):
         self._ops.append(Op(container + SEPARATOR, None, up - down, _NOTHING))
         super().count(container, up, down)
 
-    def rollback(self) -> None:
+    def mark(self) -> Mapping[str, Slot | None]:
+        """See `Document.mark`."""
+        self._marked = len(self._ops)
+        return super().mark()
+
+    def rollback(self, mark: Mapping[str, Slot | None] | None = None) -> None:
         """See `Document.rollback`."""
-        self._ops.clear()
-        super().rollback()
+        del self._ops[self._marked if mark else 0 :]
+        super().rollback(mark)
 
     def apply(self, change: Change) -> list[str]:
         """See `Document.apply`."""
@@ -154,6 +162,12 @@ class WatchedDocument(Document):
     def _sealed(self, update: bytes, origin: Origin | None, kind: int) -> Change:
         past = self.version.copy()
         change = super()._sealed(update, origin, kind)
+        try:
+            decode_change(change.data)
+            if not self.shared:
+                parse_change(change.update)
+        except InvalidUpdate as exc:
+            raise Violation("I11", f"{change!r} is refused everywhere: {exc}") from exc
         ops, self._ops = tuple(self._ops), []
         self._oracle.born(self._replica, self, change, past, ops)
         return change
