@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, MutableMapping, MutableSet
 from typing import TYPE_CHECKING, Any
 
+from crdtstate.change import RESOLUTION
 from crdtstate.clock import Stamp
 from crdtstate.conflict import Candidate, Explanation, explain, resolver
 from crdtstate.errors import UnsupportedValue, UsageError
@@ -103,8 +104,7 @@ class _Choosing(View):
         return explain(where, self.strategy, self._candidates(self._cells.get(key, {})))
 
     def _resolve(self, key: str, value: Any, where: str) -> None:
-        self._document.put(self._container, key, pack(value, where))
-        self._document.mark_resolution()
+        self._document.put(self._container, key, pack(value, where), kind=RESOLUTION)
 
 
 class Map(_Choosing, MutableMapping[str, Any]):

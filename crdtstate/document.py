@@ -20,7 +20,6 @@ from typing import Any
 from crdtstate.change import (
     CHANGE_BYTES_MAX,
     NAME_CHARS_MAX,
-    RESOLUTION,
     TIDY,
     WRITE,
     Change,
@@ -211,8 +210,9 @@ class Document:
 
     # Writing
 
-    def put(self, container: str, key: str, value: bytes | None) -> None:
-        """Write the packed *value* (None: remove) at a path; reads see it at once."""
+    def put(self, container: str, key: str, value: bytes | None, *, kind: int = WRITE) -> None:
+        """Write the packed *value* (None: remove) at a path; reads see it at once. *kind* is
+        `RESOLUTION` if that resolves a conflict, which the open change then is."""
         path = container + SEPARATOR + key
         lanes = self.lanes
         cells = lanes.container(container)
@@ -220,6 +220,7 @@ class Document:
         covers = covering(cell, self.writer) if cell else NO_COVERS
         own = cell.get(self.writer) if cell else None
         self._open(path, own, (len(value) if value is not None else 0) + 14 * len(covers))
+        self._open_kind = kind or self._open_kind
         if value is None and not covers:
             cells.update(key, self.writer, None)
         else:
@@ -302,10 +303,6 @@ class Document:
             self._open_kind, self._open_stamp = WRITE, 0
         if self.native is not None:
             self.native.rollback()
-
-    def mark_resolution(self) -> None:
-        """Record that the open change resolves a conflict."""
-        self._open_kind = RESOLUTION
 
     def seal(self, origin: Origin | None = None) -> Change | None:
         """Turn the open change, and what can be tidied (L3), into a `Change`.

@@ -28,7 +28,7 @@ from crdtstate.change import Snapshot, decode_change
 from crdtstate.clock import Cut, Version
 from crdtstate.config import Config
 from crdtstate.crdts import Map, Register
-from crdtstate.document import Document
+from crdtstate.document import Document, EngineFailure
 from crdtstate.documents import DocumentSet
 from crdtstate.errors import (
     CorruptStore,
@@ -281,7 +281,7 @@ class Replica(DocumentSet):
                 if not document.is_ready(change):
                     raise InvalidUpdate(f"{change!r} comes before what it builds on")
                 document.apply(change)
-        except InvalidUpdate as exc:
+        except (InvalidUpdate, EngineFailure) as exc:
             path = self._store.path or "memory"
             hint = f"check it with: crdtstate verify {path}"
             raise CorruptStore(path, f"document {item.document!r}: {exc}; {hint}") from exc

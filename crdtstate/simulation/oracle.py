@@ -114,11 +114,11 @@ class WatchedDocument(Document):
         # Whether the engine is to fail on the next change.
         self.fails_next = False
 
-    def put(self, container: str, key: str, value: bytes | None) -> None:
+    def put(self, container: str, key: str, value: bytes | None, *, kind: int = 0) -> None:
         """See `Document.put`."""
         op = Op(container + SEPARATOR + key, value, 0, self.version.copy())
         self._ops.append(op)
-        super().put(container, key, value)
+        super().put(container, key, value, kind=kind)
 
     def count(self, container: str, up: int, down: int) -> None:
         """See `Document.count`."""
