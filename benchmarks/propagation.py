@@ -59,12 +59,12 @@ def propagation(effort: Effort) -> list[Result]:
 def _result(
     name: str, percent: int, times: list[float], bare: list[float], target: Target | None = None
 ) -> Result:
-    ours, floor = (
-        statistics.quantiles(taken, n=100, method="inclusive")[percent - 1] / 2 * 1000
+    there_and_back, echo = (
+        statistics.quantiles(taken, n=100, method="inclusive")[percent - 1] * 1000
         for taken in (times, bare)
     )
-    note = "half an echo of a bare websocket, between the same processes"
-    return Result(name, "ms", ours, floor, target, note)
+    note = "the echo of a bare websocket, there and back, between the same processes"
+    return Result(name, "ms", there_and_back / 2, echo, target, note)
 
 
 # B

@@ -18,7 +18,7 @@ L2  A slot is *live* unless a visible slot of another lane covers it. The live s
 L3  The owner drops its slot once it is covered, and drops its removal once that covers nothing
     visible. Both are *settled*: they make no difference any more.
 L4  A path has one slot per lane. Writes go to the lane's head segment and leave their older
-    one in the same transaction. A segment that is two thirds dead is cleaned: its live slots
+    one in the same transaction. A segment that is three quarters dead is cleaned: its live slots
     move to the head and the nested map is deleted, which Yjs folds into one garbage range. A
     full group whose segments are all deleted is deleted too.
 L5  Changes are delivered in causal order; L2 to L4 are only sound under it.
@@ -65,7 +65,7 @@ CLEANED_SLOTS_MAX = 4_000
 ADOPTED_PER_CHANGE = 50
 """Lanes in which one change may drop slots; the guard's limit is 64."""
 
-CLEANED_BELOW = 3
+CLEANED_BELOW = 4
 """A closed segment is cleaned when at most one slot in so many is live."""
 
 GARBAGE_MAX = 8_000

@@ -478,6 +478,11 @@ class Journal:
             self._restart_wal()
         db = self._db or self._connect_writer()
         try:
+            if len(statements) == 1 and len(statements[0][1]) == 1:
+                # A statement alone is a transaction, and the usual one after a lone write.
+                ((sql, (row,)),) = statements
+                db.execute(sql, row)
+                return
             db.execute("BEGIN IMMEDIATE")
             for sql, rows in statements:
                 db.executemany(sql, rows)
