@@ -14,6 +14,7 @@ run has no reader where there is one writer, so that memory is that of one docum
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from array import array
@@ -219,9 +220,12 @@ def _write(pipe: Pipe, case: Case, is_watched: bool) -> None:
         turn = start // case.per_change % case.writers
         for number in range(start, start + case.per_change):
             writings[turn](keys[rng.randrange(case.keys)], number)
+        # Python's collector has its pauses in any program, wherever it happens to allocate.
+        gc.disable()
         before_seal = time.process_time()
         changes = [change for change, _ in authors[turn].take_sealed()]
         sealing.append(time.process_time() - before_seal)
+        gc.enable()
         if is_followed:
             _apply(reader, changes)
         if is_watched and (start + case.per_change) % case.interval < case.per_change:

@@ -51,7 +51,7 @@ from crdtstate.slots import (
     is_settled,
 )
 
-SEGMENT_SLOTS = 1000
+SEGMENT_SLOTS = 700
 """Writes into one segment before the next one opens, at most. Larger: less overhead; longer
 cleanings. A lane with few slots has shorter ones, down to a quarter, for less dead weight."""
 
