@@ -95,18 +95,27 @@ def strategy(name: str) -> Callable[[Resolver], Resolver]:
     Register it under the same name in every process that reads the document, before it reads.
 
     Raises:
-        UsageError: The name is empty, too long or taken by a different function.
+        UsageError: The name is empty, too long or taken by a different function. The same one,
+            defined anew, takes its place.
     """
-    if not name or len(name) > 100:
-        raise UsageError(f"a strategy's name has 1 to 100 characters, not {name!r}")
+    if not isinstance(name, str) or not 0 < len(name) <= 100:
+        raise UsageError(f'use it as @strategy("name"), 1 to 100 characters, not {name!r}')
 
     def register(function: Resolver) -> Resolver:
+        if not callable(function):
+            raise UsageError(f"a strategy is a function of candidates, not {function!r}")
         if name in _BUILT_IN:
             raise UsageError(f"the strategy {name!r} is built in; choose another name")
+        if name in _registry and _place(_registry[name]) != _place(function):
+            raise UsageError(f"the strategy {name!r} is taken by {_place(_registry[name])}")
         _registry[name] = function
         return function
 
     return register
+
+
+def _place(function: Resolver) -> str:
+    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', '?')}"
 
 
 def known_strategies() -> list[str]:

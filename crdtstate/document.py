@@ -115,6 +115,9 @@ class Document:
         # The paths that the newest sealed change wrote.
         self.written: list[str] = []
 
+    def __repr__(self) -> str:
+        return f"<Document {self.name} {self.version.total} changes>"
+
     @property
     def engine(self) -> Lanes | Native:
         return self.native or self.lanes
@@ -317,6 +320,7 @@ class Document:
         kind, self._open_kind = (self._open_kind if self.is_open else TIDY), WRITE
         if self.native is not None:
             update = self.native.take()
+            self.written = self.native.touched
         else:
             update = self._write()
         return self._sealed(update, origin, kind) if update else None

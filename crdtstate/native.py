@@ -69,6 +69,8 @@ class Native:
 
     def __init__(self, writer: int, on_write: Callable[[], None]) -> None:
         self._on_write = on_write
+        # The paths of the roots that the newest own change touches.
+        self.touched: list[str] = []
         # Root types by name, as users hold them.
         self._handles: dict[str, Text | Array[Any] | YMap[Any]] = {}
         # The living Doc, and the one before it, to tell those who still write to that.
@@ -163,7 +165,8 @@ class Native:
         return bool(self._undone or self._edits)
 
     def take(self) -> bytes:
-        """Close the open change and return it as one update; empty if none is open.
+        """Close the open change and return it as one update; empty if none is open. `touched` are
+        the paths of its roots then.
 
         Raises:
             UsageError: Other members would refuse it. Its edits have been undone.
@@ -172,12 +175,13 @@ class Native:
             return b""
         update = _merge(self._undone + self._edits)
         try:
-            check_change(update, self.writer, self._known)
+            touched = check_change(update, self.writer, self._known)
         except InvalidUpdate as exc:
             self._start()
             raise UsageError(f"edits were undone, as others would refuse them: {exc}") from exc
         self._sealed.apply_update(update)
         self._undone, self._edits = [], []
+        self.touched = _paths(touched)
         return update
 
     def rollback(self) -> None:
@@ -233,7 +237,7 @@ class Native:
             touched = check_change(update, writer, self._known)
             self._sealed.apply_update(update)
             self._doc.apply_update(update)
-        return [f"y{root}{SEPARATOR}" for root in sorted(touched)]
+        return _paths(touched)
 
     def state(self) -> bytes:
         """The whole document without open edits, as one update."""
@@ -278,6 +282,10 @@ class Native:
             sys.excepthook(type(failures), failures, failures.__traceback__)
         finally:
             self._aside = None
+
+
+def _paths(roots: set[str]) -> list[str]:
+    return [f"y{root}{SEPARATOR}" for root in sorted(roots)]
 
 
 def _merge(updates: list[bytes]) -> bytes:

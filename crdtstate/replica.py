@@ -11,6 +11,7 @@ here.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import os
 import random
@@ -57,7 +58,7 @@ from crdtstate.slots import SEPARATOR
 from crdtstate.stores import Entry, Saved, Store
 from crdtstate.stores.journal import Journal
 from crdtstate.stores.memory import MemoryStore
-from crdtstate.transports import Connection, Http, Listener, dial, listen
+from crdtstate.transports import Connection, Http, Listener, check_scheme, dial, listen
 from crdtstate.values import unpack_key
 
 log = logging.getLogger("crdtstate")
@@ -69,6 +70,8 @@ FIRST_PAUSE = 0.1
 STORE_RETRY = 1.0
 FAREWELL = 1.0
 """How long closing waits for what is queued to leave."""
+
+REJECTED_MAX = 8
 
 KINDS = {"m": "map", "c": "counter", "r": "register", "s": "set", "y": "native"}
 
@@ -140,8 +143,14 @@ class Replica(DocumentSet):
     ) -> None:
         if not isinstance(agent, str) or not 0 < len(agent) <= 100 or not agent.isprintable():
             raise UsageError(f"an agent's name has 1 to 100 printable characters, not {agent!r}")
-        if isinstance(peers, str):
+        if isinstance(peers, str) or not isinstance(peers, Iterable):
             raise UsageError("peers is a list of URLs, not one URL")
+        if role not in ("agent", "relay"):
+            raise UsageError(f'role is "agent" or "relay", not {role!r}')
+        if config is not None and not isinstance(config, Config):
+            raise UsageError(f"config is a crdtstate.Config, not {config!r}")
+        if store is not None and not isinstance(store, (str, os.PathLike)):
+            raise UsageError(f"store is the path of a file, not {store!r}")
         if durability not in ("process", "power"):
             raise UsageError(f'durability is "process" or "power", not {durability!r}')
         self._rng = random.Random()
@@ -154,6 +163,8 @@ class Replica(DocumentSet):
         self._store_path = None if store is None else Path(store)
         self._listen_url = listen
         self._peer_urls = list(dict.fromkeys(peers))
+        for url in self._peer_urls if listen is None else [listen, *self._peer_urls]:
+            check_url(url)
         self._http = http
         self._session = self._rng.getrandbits(64)
         self._state: Literal["new", "open", "closed"] = "new"
@@ -178,9 +189,13 @@ class Replica(DocumentSet):
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._handlers: dict[type[Event], list[Callable[[Any], object]]] = {}
         self._pending_events: list[Event] = []
+        # Wakes those who iterate over events.
+        self._listening: set[asyncio.Event] = set()
         self._contested: set[tuple[str, str]] = set()
         # Address -> why it could not be reached the last time.
         self._unreachable: dict[str, str] = {}
+        # Peer -> what was refused of it the last time, of the last few.
+        self._rejected: dict[str, str] = {}
 
     # Opening and closing
 
@@ -234,6 +249,8 @@ class Replica(DocumentSet):
                 self._timer.cancel()
             self._store.close(clean=True)
             self._close_documents()
+            for listening in self._listening:
+                listening.set()
             for _, waiter in self._waiters:
                 if not waiter.done():
                     waiter.set_exception(ReplicaClosed(f"{self.agent}: closed while waiting"))
@@ -309,6 +326,7 @@ class Replica(DocumentSet):
     def connect(self, url: str) -> None:
         """Stay connected to the peer at *url* from now on, as if it had been in `peers`."""
         self._check_usable()
+        check_url(url)
         if url not in self._peer_urls:
             self._peer_urls.append(url)
             self._dial(url)
@@ -381,7 +399,8 @@ class Replica(DocumentSet):
             async with asyncio.timeout(timeout):
                 await future
         except TimeoutError:
-            hints = "".join(f"; {url}: {why}" for url, why in self._unreachable.items())
+            troubles = [*self._unreachable.items(), *self._rejected.items()]
+            hints = "".join(f"; {whom}: {why}" for whom, why in troubles)
             raise WaitTimeout(
                 f"{self.agent}: waited {timeout} s for {what}, with {len(self._sync.peers)} peers "
                 f"connected{hints}"
@@ -397,7 +416,13 @@ class Replica(DocumentSet):
 
         Handlers run on the event loop, one after the other. One that raises is logged and harms
         nothing. Returns a function that ends it.
+
+        Raises:
+            UsageError: *event* is no type of event, or *handler* is no plain function.
         """
+        check_event(event)
+        if not callable(handler) or inspect.iscoroutinefunction(handler):
+            raise UsageError(f"a handler is a plain function, not {handler!r}; see events()")
         self._handlers.setdefault(event, []).append(handler)
 
         def cancel() -> None:
@@ -410,12 +435,16 @@ class Replica(DocumentSet):
         return cancel
 
     async def events(self, *types: type[Event]) -> AsyncIterator[Event]:
-        """Iterate over events of the given types (all, without any) from now on.
+        """Iterate over events of the given types (all, without any) from now on, until this
+        replica is closed.
 
         Who does not keep up misses the oldest, beyond `Config.events_max`.
         """
+        if self._state == "closed":
+            self._check_usable()
         queue: deque[Event] = deque(maxlen=int(self.config.events_max))
         arrived = asyncio.Event()
+        self._listening.add(arrived)
 
         def receive(event: Event) -> None:
             queue.append(event)
@@ -426,9 +455,12 @@ class Replica(DocumentSet):
             while True:
                 while queue:
                     yield queue.popleft()
+                if self._state == "closed":
+                    return
                 arrived.clear()
                 await arrived.wait()
         finally:
+            self._listening.discard(arrived)
             for cancel in cancels:
                 cancel()
 
@@ -545,6 +577,16 @@ class Replica(DocumentSet):
 
     def _carry_out(self, effects: list[sync.Effect]) -> None:
         batch: list[tuple[int, Entry]] = []
+        try:
+            self._carry_out_in_order(effects, batch)
+        finally:
+            # Whatever failed, what was delivered is saved: the journal has no holes.
+            self._append(batch)
+
+    def _carry_out_in_order(
+        self, effects: list[sync.Effect], batch: list[tuple[int, Entry]]
+    ) -> None:
+        """Carry out *effects*; what is left in *batch* is still to be appended."""
         for effect in effects:
             match effect:
                 case sync.Send(peer, frame):
@@ -554,7 +596,6 @@ class Replica(DocumentSet):
                     batch.append((number, entry))
                 case sync.SaveSnapshot():
                     self._append(batch)
-                    batch = []
                     self._save(effect)
                 case sync.Delivered(document, _, paths, agent):
                     if self._has_observers():
@@ -567,20 +608,20 @@ class Replica(DocumentSet):
                     self._emit(event)
                 case sync.Rebuild(name):
                     self._append(batch)
-                    batch = []
                     self._rebuild(name)
                 case sync.Reidentify(reason):
                     self._append(batch)
                     self._reidentify(reason)
                     return
-        self._append(batch)
 
     def _append(self, batch: list[tuple[int, Entry]]) -> None:
+        """Hand *batch* to the store, and empty it."""
         if batch:
             ticket = self._store.append([entry for _, entry in batch])
             self._tickets.append((ticket, batch[-1][0]))
             if self._store.failure is not None:
                 self._unsaved_bytes += sum(len(entry.data) for _, entry in batch)
+            batch.clear()
 
     def _save(self, effect: sync.SaveSnapshot) -> None:
         saved = Saved(effect.document, effect.version, effect.data)
@@ -743,6 +784,10 @@ class Replica(DocumentSet):
 
     def _emit(self, event: Event) -> None:
         log.debug("%s: %s", self.agent, event)
+        if isinstance(event, PeerRejected):
+            self._rejected[event.agent] = f"refused: {event.reason}"
+            if len(self._rejected) > REJECTED_MAX:
+                del self._rejected[next(iter(self._rejected))]
         if self._handlers:
             self._pending_events.append(event)
             self._wake()
@@ -889,23 +934,40 @@ class Replica(DocumentSet):
         link.wake.set()
 
 
+def check_url(url: object) -> None:
+    """Raise UsageError if this is not a URL that a replica can dial or listen on."""
+    if not isinstance(url, str):
+        raise UsageError(f"a URL is a str such as ws://127.0.0.1:8765, not {url!r}")
+    check_scheme(url)
+
+
+def check_event(event: object) -> None:
+    """Raise UsageError if this is no type of event."""
+    if not isinstance(event, type) or not issubclass(event, Event):
+        raise UsageError(f"events are told apart by type, such as crdtstate.Changed, not {event!r}")
+
+
 def _changed(
     document: Document, kind: str, name: str, key: str, agent: str, local: bool
 ) -> Changed:
-    """What a path reads as now. A strategy that is not registered here reads as None."""
-    shown: Any = None
+    """What a path reads as now. Where a strategy is not known here, or fails, that is the value
+    written last."""
+    shown = key if kind == "m" else unpack_key(key) if kind == "s" else None
     value: Any = None
     try:
         match kind:
             case "m":
-                shown, value = key, Map(document, name).get(key)
+                value = Map(document, name).get(key)
             case "r":
                 value = document.register(name).value
             case "c":
                 value = document.counter(name).value
             case "s":
-                shown = unpack_key(key)
                 value = True if shown in document.set(name) else None
-    except UsageError as exc:
-        log.warning("%s: %s", document.name, exc)
+    except Exception as exc:
+        # The user's own function: whatever it raises must not stop the pump.
+        log.warning("%s: %s %r: %r", document.name, KINDS[kind], name, exc)
+        view = Map(document, name) if kind == "m" else Register(document, name)
+        found = view.candidates_of(key)
+        value = found[-1].value if found else None
     return Changed(document.name, KINDS[kind], name, shown, value, agent, local)

@@ -137,6 +137,11 @@ async def serve(accept: Accept, connection: Connection) -> None:
         await connection.close()
 
 
+def check_scheme(url: str) -> None:
+    """Raise UsageError if this is not a URL of a known transport."""
+    _transport(url)
+
+
 def _transport(url: str) -> ModuleType:
     # Imported here because they import this module's protocols.
     match urlsplit(url).scheme:
