@@ -5,7 +5,8 @@ A replica for programs without an event loop.
         replica.map("plan")["goal"] = "ship it"
         replica.synced(timeout=5)
 
-It runs a `crdtstate.Replica` on a thread and event loop of its own, under the same names. Replica
+It runs a `crdtstate.Replica` on a thread and event loop of its own, under the same names (but for
+native Yjs types and the iteration over events, which `call` and `on` reach). Replica
 and documents belong to that thread, so every read and write is carried out there while the caller
 waits: about a tenth of a millisecond. Any number of threads may call; each call is atomic, such as
 ``pop`` and ``items`` of a map.
@@ -71,7 +72,7 @@ class Replica:
     # Opening and closing
 
     def __enter__(self) -> Self:
-        if self._thread is not None:
+        if self._thread is not None or self._is_closed:
             raise UsageError("a Replica is opened once; make a new one")
         opened: Future[None] = Future()
         # A daemon, so that a program that forgets to close still ends.
@@ -133,8 +134,17 @@ class Replica:
         """The set *name* of the document "main"."""
         return self.document(MAIN).set(name)
 
-    def document(self, name: str) -> Document:
-        """The document *name*, made on first use. For native Yjs types see `call`."""
+    def document(self, name: str, *, shared: bool = False) -> Document:
+        """The document *name*, made on first use.
+
+        Raises:
+            UsageError: *shared* is True. Native Yjs types belong to that thread; see `call`.
+        """
+        if shared:
+            raise UsageError(
+                "native Yjs types belong to the replica's thread; use them there, as in "
+                f"replica.call(lambda r: str(r.document({name!r}, shared=True).text(...)))"
+            )
         return Document(self, self.call(lambda inner: inner.document(name)))
 
     def documents(self) -> list[str]:
@@ -185,7 +195,7 @@ class Replica:
         It gets the `crdtstate.Replica`, and thereby all that has no name here, for example
         ``replica.call(lambda r: str(r.document("notes", shared=True).text("body")))``.
         """
-        if self._is_here():
+        if self._is_here() or self._has_ended():
             return function(self._replica)
         if self._held is not None:
             return self._held.call(lambda: function(self._replica))
@@ -225,6 +235,24 @@ class Replica:
         """Where it listens."""
         return self._replica.address
 
+    @property
+    def role(self) -> str:
+        """Whether it is an agent or a relay."""
+        return self._replica.role
+
+    @property
+    def writer(self) -> int:
+        """Whose lane it writes: its number in versions."""
+        return self._replica.writer
+
+    def connect(self, url: str) -> None:
+        """Stay connected to the peer at *url* from now on."""
+        self.call(lambda inner: inner.connect(url))
+
+    def unreachable(self) -> dict[str, str]:
+        """The addresses that are being dialled without success, and why."""
+        return self.call(lambda inner: inner.unreachable())
+
     def peers(self) -> list[Peer]:
         """The connected peers, by name."""
         return self.call(lambda inner: inner.peers())
@@ -245,6 +273,10 @@ class Replica:
 
     def _is_here(self) -> bool:
         return self._thread is threading.current_thread()
+
+    def _has_ended(self) -> bool:
+        """Whether it was closed, and its thread is gone: it answers as a closed one does."""
+        return self._is_closed and not (self._thread and self._thread.is_alive())
 
     def _hand_over(self, function: Callable[[], T]) -> Future[T]:
         """Let the loop run *function* between two of its turns."""

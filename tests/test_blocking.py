@@ -257,3 +257,35 @@ def test_what_keeps_it_from_opening_is_raised(tmp_path):
     with pytest.raises(crdtstate.StoreError):
         with Replica("agent-7", store=tmp_path / "absent" / "agent.db"):
             raise AssertionError("not reached")
+
+
+def test_native_types_are_refused_with_what_to_do(replica):
+    with pytest.raises(UsageError, match=r"replica\.call"):
+        replica.document("notes", shared=True)
+
+    def write(inner: crdtstate.Replica) -> str:
+        body = inner.document("notes", shared=True).text("body")
+        body += "x"
+        return str(body)
+
+    assert replica.call(write) == "x"
+
+
+def test_it_can_be_looked_at_before_and_after(tmp_path):
+    replica = Replica("agent-7", store=tmp_path / "a.db", listen="ws://127.0.0.1:0")
+    with replica:
+        plan = replica.map("plan")
+        plan["goal"] = "ship it"
+        with Replica("agent-8") as other:
+            other.connect(replica.address)
+            other.synced(timeout=10)
+            assert [peer.agent for peer in other.peers()] == ["agent-7"]
+            assert other.unreachable() == {} and other.role == "agent"
+            assert other.writer != replica.writer
+
+    assert replica.peers() == [] and replica.status()["ready"] is False
+    assert "closed" in repr(replica) and "plan" in repr(plan)
+    with pytest.raises(ReplicaClosed):
+        plan["goal"] = "more"
+    with pytest.raises(UsageError, match="once"):
+        replica.__enter__()
