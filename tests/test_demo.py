@@ -267,7 +267,8 @@ def test_a_fleet_surveys_a_tree_through_cuts_and_a_kill(tmp_path):
     assert report["changes"] >= report["files"] and report["changes_per_s"] > 0
     assert len(report["cut"]) == 2 and report["killed"] not in report["cut"]
     assert report["cut_s"] >= 2 and report["recovery_s"] > 0
-    assert report["files_in_store"] <= report["files_when_killed"] + 1
+    # It may have been killed between saving and saying so.
+    assert 0 <= report["files_in_store"] - report["files_when_killed"] <= 1
     assert report["at_rest_ms"]["p50"] > 0
     assert processes(tmp_path) == []
     with blocking.Replica("reader", store=tmp_path / "agent-1.db") as kept:

@@ -79,6 +79,10 @@ class Agent:
                 if name not in self._files:
                     parser.stdin.write(json.dumps(name).encode() + b"\n")
                     self._record(name, await parser.stdout.readline())
+                    # Done is what no kill can undo.
+                    await self.replica.durable()
+                    self._done += 1
+                    self.report()
         finally:
             parser.stdin.close()
             await parser.wait()
@@ -88,8 +92,6 @@ class Agent:
             raise CRDTStateError(f"{name}: the process that parses it has ended")
         with self.replica.transaction(message=name, run=self.run):
             record(self._document, name, Summary(**json.loads(answer)))
-        self._done += 1
-        self.report()
 
     def report(self, **more: Any) -> None:
         """Tell the demo how far it is, if that is news or there is *more* to say."""
