@@ -37,17 +37,19 @@ from rich.console import Console
 from rich.progress import track
 
 from crdtstate import __version__, relay
-from crdtstate.change import Snapshot, decode_change
+from crdtstate.__main__ import announcing, is_url
+from crdtstate.conflict import known_strategies, lww, strategy
+from crdtstate.crdts import Map, Register
 from crdtstate.documents import DocumentSet
-from crdtstate.errors import CRDTStateError, StoreUnavailable, TransportError, WaitTimeout
+from crdtstate.errors import CRDTStateError, TransportError, WaitTimeout
 from crdtstate.events import Changed, PeerConnected, PeerDisconnected
-from crdtstate.relay.server import DEFAULT_LISTEN, announce_as_json, announce_as_text
+from crdtstate.relay.server import DEFAULT_LISTEN
 from crdtstate.replica import Replica
-from crdtstate.stores import Saved
-from crdtstate.stores.journal import Journal
-from crdtstate.stores.journal import verify as verify_store
+from crdtstate.stores.file import read_documents, reading
+from crdtstate.stores.file import verify as verify_store
 
 T = TypeVar("T")
+View = TypeVar("View", Map, Register)
 
 KINDS = ("map", "counter", "register", "set")
 PAGE_BYTES_MAX = 64 * 2**20
@@ -231,12 +233,8 @@ def _note(text: str) -> None:
 
 
 def _check_url(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        if parts.scheme in ("ws", "wss") and parts.hostname and (parts.port or 1):
-            return url
-    except ValueError:
-        pass
+    if is_url(url):
+        return url
     raise typer.BadParameter(f"{url!r} is not a URL like ws://127.0.0.1:8765")
 
 
@@ -291,6 +289,7 @@ def _fetch(url: str, page: str, timeout: float) -> dict[str, Any] | None:
 
 @app.command(rich_help_panel="Read and write")
 def get(
+    context: typer.Context,
     place: WholePlace,
     peer: Annotated[
         str | None,
@@ -302,7 +301,7 @@ def get(
     ] = None,
     store: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Read a store that nobody has open, instead of a peer."),
+        typer.Option(metavar="FILE", help="Read a store, instead of a peer."),
     ] = None,
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
@@ -313,7 +312,11 @@ def get(
     """
     where = parse_place(place)
     if store is not None:
-        value = _read(_read_store(store), where)
+        source = context.get_parameter_source("peer")
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter("give --peer or --store, not both")
+        with reading(store) as db:
+            value = _read(read_documents(db, store), where)
     elif peer is not None:
         value = _run(_get(peer, timeout, where))
     else:
@@ -343,34 +346,24 @@ def _read(documents: DocumentSet, place: Place) -> Any:
         case "set":
             return sorted(document.set(place.name), key=as_text)
         case "map":
-            view = document.map(place.name)
+            view = _readable(document.map(place.name))
             if place.key is None:
                 return dict(view)
             if place.key in view:
                 return view[place.key]
         case "register":
-            register = document.register(place.name)
+            register = _readable(document.register(place.name))
             if register.is_set:
                 return register.value
     raise CRDTStateError(f"{place}: nothing there")
 
 
-def _read_store(path: Path) -> DocumentSet:
-    """The documents of a store, without leaving a trace in it."""
-    if not path.is_file():
-        raise StoreUnavailable(path, "there is no such file")
-    documents = DocumentSet("reader", 1, lambda: 0)
-    with closing(Journal(path)) as journal:
-        for item in journal.load():
-            if isinstance(item, Saved):
-                snapshot = Snapshot.decode(item.data)
-                documents.find_or_make(item.document, snapshot.shared).join(snapshot)
-                continue
-            change = decode_change(item.data)
-            document = documents.find_or_make(item.document, change.shared)
-            if not document.version.covers(change.dot):
-                document.apply(change)
-    return documents
+def _readable(view: View) -> View:
+    """*view*, with a stand-in for its strategy if that is registered in the agents only."""
+    if (name := view.strategy) not in known_strategies():
+        _note(f"{view.name}: unknown strategy {name!r}; of several values, the newest is shown")
+        strategy(name)(lww)
+    return view
 
 
 @app.command("set", rich_help_panel="Read and write")
@@ -472,6 +465,11 @@ async def _watch(peer: str, timeout: float, place: Place, as_json: bool) -> None
             stop.set()
 
     async with _dialled(peer, timeout) as replica:
+        document = replica.document(place.document)
+        if place.kind == "map":
+            _readable(document.map(place.name))
+        elif place.kind == "register":
+            _readable(document.register(place.name))
         replica.on(Changed, show)
         _note(f"watching {place} at {peer}")
         replica.on(PeerDisconnected, lambda event: _note(f"{peer}: {event.reason}; dialling again"))
@@ -626,7 +624,7 @@ def run_relay(
         _check_url(url)
     _run(
         relay.serve(
-            announce_as_json if as_json else announce_as_text,
+            announcing(as_json, store),
             listen=listen,
             store=store,
             peers=peer or [],
@@ -660,9 +658,12 @@ def simulate(
 
     jobs = [(number, agents, changes, faults) for number in range(seed, seed + seeds)]
     workers = min(len(jobs), os.cpu_count() or 1)
-    # Ctrl-C is for this process only: leaving the pool ends the others.
-    with multiprocessing.Pool(workers, _ignore_sigint) as pool:
+    # Signals are for this process only, and only once there is a pool: leaving it ends the others.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    with multiprocessing.Pool(workers, _leave_signals) as pool:
+        before = signal.signal(signal.SIGTERM, _terminate)
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
             outcomes: Iterable[Any] = pool.imap_unordered(_run_seed, jobs)
             if sys.stderr.isatty():
                 console = Console(stderr=True)
@@ -670,17 +671,26 @@ def simulate(
             report = CampaignReport.of(outcomes)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
     if as_json:
         _print_json(report.as_json())
     else:
         _print_columns(list(_sum_up(report)))
     if report.failures:
         numbers = ", ".join(str(failure.seed) for failure in report.failures[:10])
-        raise CRDTStateError(f"{len(report.failures)} of {seeds} seeds failed: {numbers}")
+        failed = f"{len(report.failures)} of {_count(seeds, 'seed')} failed"
+        raise CRDTStateError(f"{failed}: {numbers}")
 
 
-def _ignore_sigint() -> None:
+def _leave_signals() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _terminate(*_: object) -> None:
+    raise SystemExit(143)
 
 
 def _run_seed(job: tuple[int, int | None, int, bool]) -> Any:

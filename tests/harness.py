@@ -65,12 +65,12 @@ def contents(agent: Agent) -> dict[str, Any]:
 
 
 def asynchronous(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run an async test on a fresh loop; one that hangs fails after a minute."""
+    """Run an async test on a fresh loop; one that hangs fails after three minutes."""
 
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
         async def bounded() -> None:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(180):
                 await test(*args, **kwargs)
 
         asyncio.run(bounded())

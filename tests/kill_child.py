@@ -32,7 +32,7 @@ async def write_for_ever(store: str, peer: str, seed: int) -> None:
         log, count = replica.map("log"), replica.counter("count")
         say(f"open {os.getpid()} {replica.writer} {count.value} {len(log)}")
         while True:
-            for _ in range(rng.choice((1, 1, 5, 40))):
+            for _ in range(rng.choice((1, 1, 5, 12))):
                 with replica.transaction():
                     log[str(count.value)] = "x" * rng.randrange(200)
                     count.increment()

@@ -10,12 +10,20 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import NamedTuple
 
+import apsw
 import pytest
+from test_relay import BARE
 
-from crdtstate import __version__, blocking, cli
+from crdtstate import __version__, blocking, cli, strategy
+from crdtstate.change import Origin, encode_change
+from crdtstate.clock import Dot
+from crdtstate.stores import Entry
+from crdtstate.stores.journal import Journal
 
 LOCAL = "ws://127.0.0.1:0"
 NOBODY = "ws://127.0.0.1:9"
@@ -32,7 +40,11 @@ def relay() -> Iterator[str]:
     """A relay's address."""
     command = [sys.executable, "-m", "crdtstate", "relay", "--listen", LOCAL, "--attached"]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # It notes that it keeps everything in memory.
+        text=True,
     ) as process:
         assert process.stdout is not None
         yield process.stdout.readline().split()[-1]
@@ -144,6 +156,50 @@ def test_nothing_that_a_terminal_would_obey_is_printed(run, relay):
     assert json.loads(shown[3]) == {"k\x1b]0;title\x07": evil}
 
 
+def at_odds(relay: str, document: str, known: str) -> None:
+    """Let two agents write at once into a map and a register, under a strategy of their own."""
+    strategy(known)(lambda candidates: candidates[0].value)
+    with blocking.Replica("a") as a, blocking.Replica("b", peers=[relay]) as b:
+        for replica, value in ((a, "older"), (b, "newer")):
+            replica.document(document).map("plan", strategy=known)["goal"] = value
+            replica.document(document).map("plan")["same"] = 1
+            replica.document(document).register("text", strategy=known).value = value
+        a.document(document).map("plan")["other"] = 1
+        a.connect(relay)
+        a.synced(timeout=20)
+
+
+def test_a_strategy_that_only_the_agents_know_does_not_make_a_map_unreadable(relay):
+    at_odds(relay, "sy", "the oldest of test_cli")
+    note = (
+        "crdtstate: {}: unknown strategy 'the oldest of test_cli'; "
+        "of several values, the newest is shown\n"
+    )
+
+    with start("get", "sy/map/plan", "--peer", relay) as process:
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (0, note.format("plan"))
+    assert out == 'goal = "newer"\nother = 1\nsame = 1\n'
+    with start("get", "sy/register/text", "--peer", relay) as process:
+        assert process.communicate(timeout=20) == ("newer\n", note.format("text"))
+
+
+def test_watching_it_is_possible_too(relay):
+    at_odds(relay, "wy", "the first of test_cli")
+
+    with start("watch", "wy/map/plan", "--peer", relay) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert "unknown strategy 'the first of test_cli'" in process.stderr.readline()
+        assert "watching" in process.stderr.readline()
+        at_odds(relay, "wy", "the first of test_cli")
+        lines = {process.stdout.readline().split("  ")[0] for _ in range(4)}
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=20)[1]
+
+    assert err == ""
+    assert 'wy/map/plan/goal = "newer"' in lines
+
+
 # Failing
 
 
@@ -162,6 +218,7 @@ def test_nothing_that_a_terminal_would_obey_is_printed(run, relay):
         "get main/map/plan --peer http://127.0.0.1:80",
         "get main/map/plan --peer ws://127.0.0.1:99999",
         "get main/map/plan --timeout 0",
+        f"get main/map/plan --peer {NOBODY} --store agent.db",
         "relay --listen nonsense",
         "relay --durability hope",
         "simulate --agents 1",
@@ -198,6 +255,9 @@ def test_a_peer_must_be_named(run, monkeypatch):
         (f"peers --peer {NOBODY}", f"{NOBODY}: connection refused: is a relay listening there?"),
         ("get no/map/x --store absent.db", "absent.db: there is no such file"),
         ("verify absent.db", "absent.db: there is no such file"),
+        ("get no/map/x --store /tmp", "/tmp: this is a directory"),
+        ("verify /tmp", "/tmp: this is a directory"),
+        ("verify /etc/passwd", "/etc/passwd: this is not an SQLite file, so not a crdtstate store"),
         ("demo --path absent", "is not a directory"),
     ],
 )
@@ -275,18 +335,57 @@ def test_a_store_is_verified(run, tmp_path):
     assert result.code == 1 and json.loads(result.out)["problems"]
 
 
-def test_a_store_that_nobody_has_open_can_be_read(run, tmp_path):
+def test_another_programs_file_is_no_store(run, tmp_path):
+    diary = tmp_path / "diary.db"
+    with closing(apsw.Connection(str(diary))) as db:
+        db.execute("CREATE TABLE diary(day, entry)")
+
+    for line in (f"verify {diary}", f"get main/map/plan --store {diary}"):
+        code, out, err = run(line)
+
+        assert (code, out) == (1, "")
+        assert "not a crdtstate store" in err and "damaged" not in err and err.count("\n") == 1
+
+
+def test_a_store_can_be_read_and_shows_no_trace_of_it(run, tmp_path):
     store = tmp_path / "agent.db"
     with blocking.Replica("agent-7", store=store) as replica:
         replica.map("plan")["goal"] = "ship it"
         replica.durable()
-
-        result = run(f"get main/map/plan/goal --store {store}")
-        assert result.code == 1 and f"process {os.getpid()} has it open" in result.err
+        assert run(f"get main/map/plan/goal --store {store}") == (0, "ship it\n", "")
+    Path(f"{store}.lock").unlink()
+    before = store.read_bytes()
 
     assert run(f"get main/map/plan/goal --store {store}") == (0, "ship it\n", "")
-    with blocking.Replica("agent-7", store=store) as replica:
-        assert replica.document("main").version.total == 1
+
+    assert list(tmp_path.iterdir()) == [store] and store.read_bytes() == before
+
+
+def test_reading_makes_no_store_of_an_empty_file(run, tmp_path):
+    store = tmp_path / "agent.db"
+    store.touch()
+
+    result = run(f"get main/map/plan --store {store}")
+
+    assert (result.code, result.out) == (1, "") and "not a crdtstate store" in result.err
+    assert list(tmp_path.iterdir()) == [store] and store.read_bytes() == b""
+
+
+def test_a_change_that_does_not_fit_is_named_with_what_to_do(run, tmp_path):
+    store = tmp_path / "agent.db"
+    evil = encode_change("main", Dot(7, 1), {}, 1, 0, False, b"evil", Origin("agent-7"))
+    with closing(Journal(store)) as journal:
+        journal.start("agent-7", 7, lambda: None)
+        journal.append([Entry("main", 7, 1, evil.data)])
+
+    result = run(f"get main/map/plan --store {store}")
+
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith(f"crdtstate: {store}: document 'main': change 7:1: ")
+    assert f"; check it with: crdtstate verify {store}" in result.err
+    result = run(f"verify {store}")
+    assert result.code == 1 and result.out.startswith("document 'main': change 7:1: ")
+    assert "crdtstate verify" not in result.out + result.err
 
 
 # Running
@@ -315,13 +414,64 @@ def test_simulate_reports_its_campaign(run):
     assert lines(run("simulate --changes 5 --no-faults").out)[0] == "seeds             1"
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str, bare: bool = False) -> subprocess.Popen[str]:
+    how = ["-c", BARE] if bare else ["-m", "crdtstate"]
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "crdtstate", *arguments],
+        [sys.executable, "-W", "error", *how, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def test_a_simulation_that_is_terminated_ends_quietly():
+    with start("simulate", "--seeds", "100000") as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not (pids := children.read_text().split()):
+            assert process.poll() is None
+        process.terminate()
+        out, err = process.communicate(timeout=20)
+
+    assert (process.returncode, out, err) == (143, "", "")
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["with the extra", "without"])
+def test_a_relay_says_who_can_reach_it_and_what_it_keeps(tmp_path, bare):
+    def noted(*arguments: str) -> str:
+        with start("relay", "--listen", *arguments, bare=bare) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            process.terminate()
+            return process.communicate(timeout=20)[1]
+
+    assert noted(LOCAL, "--store", str(tmp_path / "relay.db")) == noted(LOCAL, "--json") == ""
+    assert noted(LOCAL) == "crdtstate: everything is kept in memory only; see --store\n"
+    warning = noted("ws://0.0.0.0:0", "--json")
+    assert warning.startswith("crdtstate: warning: who can reach ws://0.0.0.0:")
+    assert warning.endswith(" can read and write everything\n") and warning.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("", 2, "pip install 'crdtstate[cli]'"),
+        ("bogus", 2, "pip install 'crdtstate[cli]'"),
+        ("--bogus", 2, "usage: crdtstate"),
+        ("relay --listen nonsense", 2, "'nonsense' is not a URL like ws://127.0.0.1:8765"),
+        ("relay --peer http://127.0.0.1:80", 2, "is not a URL like"),
+        ("relay --listen ws://127.0.0.1:99999", 2, "is not a URL like"),
+        ("--version", 0, f"crdtstate {__version__}\n"),
+        ("--help", 0, "Only relays run like this: the command line needs more packages"),
+    ],
+)
+def test_without_the_extra_wrong_usage_is_2_as_well(monkeypatch, line, code, said):
+    monkeypatch.setenv("COLUMNS", "200")
+    with start(*line.split(), bare=True) as process:
+        out, err = process.communicate(timeout=20)
+
+    assert process.returncode == code
+    assert said in (err if code else out) and not (out if code else err)
 
 
 @pytest.mark.parametrize("mode", ["text", "json"])

@@ -17,7 +17,9 @@ import apsw
 import pytest
 from fault_vfs import Disk, FaultHost
 
-from crdtstate.clock import Version
+from crdtstate.change import Origin, encode_change
+from crdtstate.clock import Dot, Version
+from crdtstate.documents import DocumentSet
 from crdtstate.errors import CorruptStore, StoreError, StoreLocked, StoreUnavailable
 from crdtstate.stores import Entry, Saved
 from crdtstate.stores.file import MIGRATIONS, Host, connect, migrate
@@ -52,6 +54,35 @@ def filled(path: Path) -> list[Saved | Entry]:
             journal.append([change("plan", ANNA, seq, 90), change("notes", BERT, seq)])
         journal.compact(snapshot("plan", {ANNA: 100}), keep_bytes=3000)
         return list(journal.load())
+
+
+def sealed(documents: DocumentSet) -> list[Entry]:
+    """What was written there, as entries; changes made like this can be loaded."""
+    taken = [change for change, _ in documents.take_sealed()]
+    return [Entry(change.document, change.writer, change.seq, change.data) for change in taken]
+
+
+def lived_in(path: Path) -> None:
+    """Make a store as a replica does: two documents, one of them with a snapshot."""
+    documents = DocumentSet("agent", ANNA, lambda: 1)
+    with closing(started(path, upkeep_every=None)) as journal:
+        for number in range(40):
+            documents.document("plan").map("goals")["first"] = number
+            documents.document("notes").map("pages")[str(number)] = "x" * 90
+            journal.append(sealed(documents))
+            if number == 30:
+                plan = documents.document("plan").snapshot()
+                journal.compact(Saved("plan", plan.version, plan.encode()), keep_bytes=1000)
+
+
+def damage_in(path: Path) -> list[str]:
+    """What is damaged in a store of `filled`. That its changes say nothing does not count."""
+    try:
+        problems = verify(path).problems
+    except CorruptStore as exc:
+        problems = [exc.reason]
+    made_up = ("a change of an unknown scheme", "a snapshot's checksum does not match")
+    return [problem for problem in problems if not problem.endswith(made_up)]
 
 
 def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -341,7 +372,7 @@ def test_a_flipped_bit_in_a_page_is_found_and_never_returned(path: Path) -> None
         except StoreError as exc:
             assert str(path) in str(exc)
             found += 1
-        assert verify(path).problems
+        assert damage_in(path)
 
     # The rest is in the index of the documents' names, which nobody reads.
     assert found >= 70
@@ -410,26 +441,29 @@ def plant(path: Path, damage: str) -> None:
 
 
 def test_verify_counts_what_is_in_a_sound_store_and_leaves_it_alone(path: Path) -> None:
-    filled(path)
-    before = path.read_bytes()
+    lived_in(path)
+    before = path.read_bytes(), sorted(path.parent.iterdir())
 
     found = verify(path)
 
     assert found.problems == []
     assert (found.documents, found.snapshots) == (2, 1)
-    assert found.changes >= 50 + 33 + 150
-    assert found.bytes > 150 * 20 + 83 * 90
-    assert path.read_bytes() == before
+    assert found.changes >= 9 + 40
+    assert found.bytes > 40 * 90
+    assert (path.read_bytes(), sorted(path.parent.iterdir())) == before
 
 
 def test_verify_works_beside_the_owner(path: Path) -> None:
+    documents = DocumentSet("agent", ANNA, lambda: 1)
     with closing(started(path)) as journal:
-        journal.append([change("plan", ANNA, 1)])
+        documents.map("plan")["goal"] = 1
+        journal.append(sealed(documents))
 
         assert verify(path).changes == 1
         assert verify(path).problems == []
 
-        journal.append([change("plan", ANNA, 2)])
+        documents.map("plan")["goal"] = 2
+        journal.append(sealed(documents))
         assert journal.failure is None
         assert run("import sys, crdtstate.stores.journal as j; j.Journal(sys.argv[1])", path)
         assert verify(path).changes == 2
@@ -446,8 +480,104 @@ def test_verify_finds_a_missing_row(path: Path) -> None:
 def test_verify_of_something_else(path: Path) -> None:
     with pytest.raises(StoreUnavailable, match="no such file"):
         verify(path)
+    with pytest.raises(StoreUnavailable, match="this is a directory"):
+        verify(path.parent)
+    path.touch()
+    with pytest.raises(CorruptStore, match="this is empty, not a crdtstate store"):
+        verify(path)
+    assert path.read_bytes() == b""
     path.write_text("Dear diary, " * 100)
-    assert any("not an SQLite file" in problem for problem in verify(path).problems)
+    with pytest.raises(CorruptStore, match="not an SQLite file, so not a crdtstate store"):
+        verify(path)
+
+
+def test_verify_finds_a_change_that_comes_before_what_it_builds_on(path: Path) -> None:
+    anna, bert = DocumentSet("anna", ANNA, lambda: 1), DocumentSet("bert", BERT, lambda: 1)
+    anna.map("plan")["goal"] = 1
+    ((first, _),) = anna.take_sealed()
+    bert.document("main").apply(first)
+    bert.map("plan")["goal"] = 2
+    with closing(started(path)) as journal:
+        journal.append([*sealed(bert), Entry("main", ANNA, 1, first.data)])
+
+    (problem,) = verify(path).problems
+
+    assert problem == "document 'main': change 7:1: it comes before what it builds on"
+
+
+def test_verify_finds_a_change_that_breaks_the_rules(path: Path) -> None:
+    evil = encode_change("main", Dot(BERT, 1), {}, 1, 0, False, b"evil", Origin("bert"))
+    with closing(started(path)) as journal:
+        journal.append([Entry("main", BERT, 1, evil.data)])
+
+    (problem,) = verify(path).problems
+
+    assert problem.startswith("document 'main': change 7:1: ")
+
+
+def test_verify_says_everything_once_and_what_the_reader_does_not_do_already(path: Path) -> None:
+    lived_in(path)
+    with closing(connect(path)) as db:
+        (page,) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'journal'").fetchone()
+    image = bytearray(path.read_bytes())
+    image[page * 4096 - 100] ^= 1
+    path.write_bytes(image)
+
+    problems = verify(path).problems
+
+    assert "a page (wrong checksum) is damaged" in problems
+    assert len(set(problems)) == len(problems)
+    assert not any("crdtstate verify" in problem for problem in problems)
+
+
+def test_each_line_of_what_sqlite_finds_is_a_problem(path: Path) -> None:
+    lived_in(path)
+    with closing(connect(path)) as db:
+        db.execute("CREATE TABLE lost(x)")
+        db.config(apsw.SQLITE_DBCONFIG_DEFENSIVE, 0)
+        db.pragma("writable_schema", True)
+        db.execute("DELETE FROM sqlite_schema WHERE name = 'lost'")
+
+    problems = verify(path).problems
+
+    assert problems
+    assert not any("\n" in problem or "***" in problem for problem in problems)
+
+
+def test_verify_needs_no_writable_directory(place: Path) -> None:
+    path = place / "state.db"
+    lived_in(path)
+
+    with unprivileged():
+        assert verify(path).problems == []
+
+
+def test_a_store_that_cannot_be_checked_is_not_called_damaged(place: Path) -> None:
+    path = place / "state.db"
+    run(KILLED, path, "process")
+    Path(f"{path}-shm").unlink()
+
+    with unprivileged(), pytest.raises(StoreUnavailable, match="it cannot be opened"):
+        verify(path)
+
+
+def test_a_store_that_is_opened_while_it_is_verified_is_not_called_damaged(path: Path) -> None:
+    filled(path)
+
+    def write_during_the_check(db: apsw.Connection) -> None:
+        def trace(_cursor: object, sql: str, _bindings: object) -> bool:
+            if "quick_check" in sql:
+                os.utime(path, (1, 1))
+            return True
+
+        db.exec_trace = trace
+
+    apsw.connection_hooks.append(write_during_the_check)
+    try:
+        with pytest.raises(StoreUnavailable, match="written to while it was read; try again"):
+            verify(path)
+    finally:
+        apsw.connection_hooks.remove(write_during_the_check)
 
 
 # Upkeep
@@ -915,4 +1045,4 @@ def test_a_real_file_that_cannot_grow_is_told_and_goes_on_later(path: Path) -> N
         assert journal.failure is None
         assert journal.committed == 3
         assert [entry.seq for entry in journal.load()] == [1, 2, 3]
-    assert verify(path).problems == []
+    assert damage_in(path) == []

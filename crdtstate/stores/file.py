@@ -17,20 +17,30 @@ import os
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import apsw
 import apsw.sqlite_extra
 import msgpack
 
+from crdtstate.change import Snapshot, decode_change
 from crdtstate.clock import Version
-from crdtstate.errors import CorruptStore, StoreError, StoreLocked, StoreUnavailable
+from crdtstate.document import EngineFailure
+from crdtstate.documents import DocumentSet
+from crdtstate.errors import (
+    CorruptStore,
+    InvalidUpdate,
+    StoreError,
+    StoreLocked,
+    StoreUnavailable,
+)
 from crdtstate.stores import Entry, Saved, Session
 from crdtstate.stores.index import DocumentIndex
 
@@ -190,8 +200,8 @@ def _check_is_ours(db: apsw.Connection, path: str | Path) -> None:
     if application == APPLICATION_ID:
         return
     if application or db.execute("SELECT 1 FROM sqlite_schema").fetchone():
-        reason = f"this is another program's SQLite file (application_id {application:#x})"
-        raise CorruptStore(path, f"{reason}; use another file")
+        what = f"another program's SQLite file (application_id {application:#x})"
+        raise CorruptStore(path, f"this is {what}, not a crdtstate store; use another file")
 
 
 def _back_up(db: apsw.Connection, copy: Path) -> None:
@@ -309,7 +319,80 @@ def unpacked(column: bytes) -> Version:
     return Version.from_flat(msgpack.unpackb(column))
 
 
-# Verifying
+# Looking, without becoming the owner
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[apsw.Connection]:
+    """
+    Open a store to look at it as it is now, whatever its owner writes meanwhile.
+
+    Alters nothing and leaves nothing beside the file, except that SQLite needs a ``-shm`` to
+    read the WAL of an owner that was killed.
+
+    Raises:
+        StoreUnavailable: There is no such file, or it cannot be read.
+        CorruptStore: It is not a store, or what was read is damaged.
+    """
+    if Path(path).is_dir():
+        raise StoreUnavailable(path, "this is a directory; name a file in it")
+    if not Path(path).is_file():
+        raise StoreUnavailable(path, "there is no such file")
+    uri = f"file:{quote(str(Path(path).absolute()))}"
+    if _is_at_rest(path):
+        # Else SQLite makes a WAL and its index, and fails where the directory is read-only.
+        uri += "?immutable=1"
+    flags = apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
+    with translated(path), closing(connect(uri, flags=flags)) as db:
+        db.execute("BEGIN")
+        _check_is_ours(db, path)
+        if not db.pragma("application_id"):
+            raise CorruptStore(path, "this is empty, not a crdtstate store")
+        yield db
+
+
+def _is_at_rest(path: str | Path) -> bool:
+    """Whether all there is, is in the file itself: no owner is writing, none was killed."""
+    wal = Path(f"{path}-wal")
+    return not wal.exists() or not wal.stat().st_size
+
+
+def read_documents(db: apsw.Connection, path: str | Path) -> DocumentSet:
+    """
+    Load all documents, as a replica that opens the store does.
+
+    Raises:
+        CorruptStore: Names the first snapshot or change that is damaged or does not fit.
+    """
+    documents = DocumentSet("reader", 1, lambda: 0)
+    for saved, is_intact in snapshots(db):
+        if not is_intact:
+            raise damage(path, f"table snapshot, document {saved.document!r}")
+        with _fitting(path, saved.document, "snapshot"):
+            snapshot = Snapshot.decode(saved.data)
+            documents.find_or_make(saved.document, snapshot.shared).join(snapshot)
+    for row, entry, is_intact in changes(db):
+        found = documents.find(entry.document)
+        if found and found.version.covers((entry.writer, entry.seq)):
+            continue
+        if not is_intact:
+            raise damage(path, f"table journal, row {row}, document {entry.document!r}")
+        with _fitting(path, entry.document, f"change {entry.writer:x}:{entry.seq}"):
+            change = decode_change(entry.data)
+            document = documents.find_or_make(entry.document, change.shared)
+            if not document.is_ready(change):
+                raise InvalidUpdate("it comes before what it builds on")
+            document.apply(change)
+    return documents
+
+
+@contextmanager
+def _fitting(path: str | Path, document: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (InvalidUpdate, EngineFailure) as exc:
+        reason = f"document {document!r}: {what}: {exc}"
+        raise CorruptStore(path, reason + _advice(path)) from exc
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,38 +409,59 @@ class Verification:
 
 def verify(path: str | Path) -> Verification:
     """
-    Read a whole store and report what is damaged. Its owner may go on using it meanwhile.
-
-    Writes nothing to the file; SQLite may leave an empty ``-wal`` and a ``-shm`` beside it.
+    Read a whole store and report what is damaged, or else the first change that does not fit
+    what came before it. Its owner may go on using it meanwhile. Alters nothing; see `reading`.
 
     Raises:
         StoreUnavailable: There is no such file, or it cannot be read.
+        CorruptStore: It is not a store, or its first page is damaged.
     """
-    if not Path(path).is_file():
-        raise StoreUnavailable(path, "there is no such file")
-    problems: list[str] = []
     count: Counter[str] = Counter()
-    with translated(path):
-        db = connect(path, flags=apsw.SQLITE_OPEN_READONLY)
-    with closing(db):
-        for check in (_page_problems, _snapshot_problems, _change_problems, _gap_problems):
-            try:
-                for problem in check(db, str(path), count):
-                    problems.append(problem)
-            except (apsw.Error, StoreError) as exc:
-                problems.append(store_error(path, exc).reason)
+    try:
+        with reading(path) as db:
+            was_at_rest, written = _is_at_rest(path), os.stat(path).st_mtime_ns
+            checks = (_page_problems, _snapshot_problems, _change_problems, _gap_problems)
+            problems = _problems(checks, db, path, count)
+            if not problems:
+                problems = _problems((_misfits,), db, path, count)
+    except CorruptStore as exc:
+        raise CorruptStore(path, _reason(path, exc)) from exc
+    if problems and was_at_rest and os.stat(path).st_mtime_ns != written:
+        raise StoreUnavailable(path, "it was written to while it was read; try again")
     return Verification(
         count["documents"], count["snapshots"], count["changes"], count["bytes"], problems
     )
 
 
-def _page_problems(db: apsw.Connection, path: str, count: Counter[str]) -> Iterator[str]:
-    _check_is_ours(db, path)
-    db.execute("BEGIN")  # All checks see one state, whatever the owner writes meanwhile.
-    yield from (line for (line,) in db.execute("PRAGMA quick_check") if line != "ok")
+Check = Callable[[apsw.Connection, str | Path, Counter[str]], Iterator[str]]
+"""Yields what is wrong, and counts what it sees."""
 
 
-def _snapshot_problems(db: apsw.Connection, path: str, count: Counter[str]) -> Iterator[str]:
+def _problems(
+    checks: Sequence[Check], db: apsw.Connection, path: str | Path, count: Counter[str]
+) -> list[str]:
+    # Several checks meet the same damaged page; a dict says it once.
+    problems: dict[str, None] = {}
+    for check in checks:
+        try:
+            for problem in check(db, path, count):
+                problems[problem] = None
+        except (apsw.Error, StoreError) as exc:
+            problems[_reason(path, exc)] = None
+    return list(problems)
+
+
+def _reason(path: str | Path, exc: Exception) -> str:
+    """What is wrong, for somebody who is verifying already."""
+    return store_error(path, exc).reason.removesuffix(_advice(path))
+
+
+def _page_problems(db: apsw.Connection, path: str | Path, count: Counter[str]) -> Iterator[str]:
+    for (text,) in db.execute("PRAGMA quick_check"):
+        yield from (line for line in text.splitlines() if line != "ok" and "***" not in line)
+
+
+def _snapshot_problems(db: apsw.Connection, path: str | Path, count: Counter[str]) -> Iterator[str]:
     for saved, is_intact in snapshots(db):
         count["snapshots"] += 1
         count["bytes"] += len(saved.data)
@@ -365,7 +469,7 @@ def _snapshot_problems(db: apsw.Connection, path: str, count: Counter[str]) -> I
             yield f"table snapshot, document {saved.document!r}: wrong SHA-256"
 
 
-def _change_problems(db: apsw.Connection, path: str, count: Counter[str]) -> Iterator[str]:
+def _change_problems(db: apsw.Connection, path: str | Path, count: Counter[str]) -> Iterator[str]:
     for row, entry, is_intact in changes(db):
         count["changes"] += 1
         count["bytes"] += len(entry.data)
@@ -373,9 +477,14 @@ def _change_problems(db: apsw.Connection, path: str, count: Counter[str]) -> Ite
             yield f"table journal, row {row}, document {entry.document!r}: wrong CRC"
 
 
-def _gap_problems(db: apsw.Connection, path: str, count: Counter[str]) -> Iterator[str]:
-    indexes, _, _ = read_indexes(db, path)
+def _gap_problems(db: apsw.Connection, path: str | Path, count: Counter[str]) -> Iterator[str]:
+    indexes, _, _ = read_indexes(db, str(path))
     count["documents"] = len(indexes)
+    yield from ()
+
+
+def _misfits(db: apsw.Connection, path: str | Path, count: Counter[str]) -> Iterator[str]:
+    read_documents(db, path)
     yield from ()
 
 
@@ -393,11 +502,12 @@ def translated(path: str | Path) -> Iterator[None]:
 
 def damage(path: str | Path, where: str) -> CorruptStore:
     """The error for damaged data at *where*."""
-    return CorruptStore(
-        path,
-        f"{where} is damaged. Run 'crdtstate verify {path}' for the extent, then move the file "
-        "away: a new one fills from the peers",
-    )
+    return CorruptStore(path, f"{where} is damaged{_advice(path)}")
+
+
+def _advice(path: str | Path) -> str:
+    away = "then move the file away: a new one fills from the peers"
+    return f"; check it with: crdtstate verify {path}, {away}"
 
 
 def store_error(path: str | Path, exc: Exception) -> StoreError:
@@ -406,7 +516,10 @@ def store_error(path: str | Path, exc: Exception) -> StoreError:
         case StoreError():
             return exc
         case apsw.NotADBError():
-            return CorruptStore(path, "this is not an SQLite file, or its header is damaged")
+            reason = (
+                "this is not an SQLite file, so not a crdtstate store, or its header is damaged"
+            )
+            return CorruptStore(path, reason)
         case apsw.CorruptError():
             return damage(path, f"an SQLite page ({exc})")
         case apsw.IOError() if getattr(exc, "extendedresult", 0) == apsw.SQLITE_IOERR_DATA:
@@ -415,6 +528,10 @@ def store_error(path: str | Path, exc: Exception) -> StoreError:
             return StoreUnavailable(path, "the disk is full; free some space")
         case apsw.BusyError() | apsw.LockedError():
             return StoreUnavailable(path, "another program is writing to it; end that program")
+        case apsw.CantOpenError():
+            return StoreUnavailable(
+                path, "it cannot be opened; make it and what is beside it (-wal, -shm) accessible"
+            )
         case apsw.ReadOnlyError():
             return StoreUnavailable(path, "read-only; make the file and its directory writable")
         case _:
