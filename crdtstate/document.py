@@ -54,7 +54,7 @@ CHANGE_PATHS_MAX = 20_000
 """Paths that one transaction may write."""
 
 SETTLED_PER_CHANGE = 500
-"""Own slots dropped per change because others cover them; bounds the length of a change."""
+"""Slots dropped per change because others cover them; bounds the length of a change."""
 
 
 class EngineFailure(Exception):

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from crdtstate.change import Change, Origin
+from crdtstate.change import Change, Origin, Snapshot, decode_change
 from crdtstate.clock import Cut, HybridClock, Version
 from crdtstate.conflict import Conflict
 from crdtstate.crdts import Counter, Map, Register, Set
 from crdtstate.document import Document
-from crdtstate.errors import UnsupportedValue, UsageError
+from crdtstate.errors import InvalidUpdate, UnsupportedValue, UsageError
 
 MAIN = "main"
 """The document that `map`, `counter`, `register` and `set` of a replica use."""
@@ -233,6 +233,26 @@ class DocumentSet:
     def find_or_make(self, name: str, shared: bool) -> Document:
         """The document *name*; made if there is none, because a peer has it."""
         return self._documents.get(name) or self._make(name, shared)
+
+    def load_snapshot(self, name: str, data: bytes, only: Document | None = None) -> None:
+        """Take in a stored snapshot of the document *name*, or of *only*.
+
+        Raises:
+            InvalidUpdate: It is damaged, or breaks the rules.
+            EngineFailure: pycrdt failed on it.
+        """
+        snapshot = Snapshot.decode(data)
+        document = only or self.find_or_make(name, snapshot.shared)
+        document.join(snapshot)
+
+    def load_change(self, name: str, data: bytes, only: Document | None = None) -> None:
+        """Take in a stored change, if it is not contained yet; raises what `load_snapshot` does."""
+        change = decode_change(data)
+        document = only or self.find_or_make(name, change.shared)
+        if not document.version.covers(change.dot):
+            if not document.is_ready(change):
+                raise InvalidUpdate("it comes before what it builds on")
+            document.apply(change)
 
     def reload(self, document: Document, writer: int, load: Callable[[Document], None]) -> None:
         """Empty *document*, let *load* fill it again, to be written by *writer* from now on, and

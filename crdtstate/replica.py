@@ -25,7 +25,6 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from crdtstate import sync, wire
-from crdtstate.change import Snapshot, decode_change
 from crdtstate.clock import Cut, Version
 from crdtstate.config import Config
 from crdtstate.crdts import Map, Register
@@ -286,22 +285,17 @@ class Replica(DocumentSet):
         self._store.start(self.agent, self._writer, self._on_store_progress)
 
     def _load(self, item: Saved | Entry, only: Document | None = None) -> None:
+        what = "snapshot"
         try:
             if isinstance(item, Saved):
-                snapshot = Snapshot.decode(item.data)
-                document = only or self.find_or_make(item.document, snapshot.shared)
-                document.join(snapshot)
-                return
-            change = decode_change(item.data)
-            document = only or self.find_or_make(item.document, change.shared)
-            if not document.version.covers(change.dot):
-                if not document.is_ready(change):
-                    raise InvalidUpdate(f"{change!r} comes before what it builds on")
-                document.apply(change)
+                self.load_snapshot(item.document, item.data, only)
+            else:
+                what = f"change {item.writer:x}:{item.seq}"
+                self.load_change(item.document, item.data, only)
         except (InvalidUpdate, EngineFailure) as exc:
             path = self._store.path or "memory"
             hint = f"check it with: crdtstate verify {path}"
-            raise CorruptStore(path, f"document {item.document!r}: {exc}; {hint}") from exc
+            raise CorruptStore(path, f"document {item.document!r}: {what}: {exc}; {hint}") from exc
 
     def _hello(self) -> wire.Hello:
         return wire.Hello(

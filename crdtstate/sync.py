@@ -1019,8 +1019,7 @@ class Sync:
         if self._beat_at <= now:
             self._beat_at = now + self.config.heartbeat
             self._beat_all()
-            if self.unadopted() and self.peers and self.is_synced():
-                self._adopt()
+            self._adopt()
 
     def _beat_all(self) -> None:
         for link in list(self._links.values()):
@@ -1049,7 +1048,10 @@ class Sync:
 
     def _adopt(self) -> None:
         """Look after the lanes of former writers of whom no peer has more than we have (L6)."""
-        for document, writer in self.unadopted():
+        waiting = self.unadopted()
+        if not waiting or not self.peers or not self.is_synced():
+            return
+        for document, writer in waiting:
             if self._has_all_of(writer):
                 document.adopt(writer)
                 self._note_tidying(document)

@@ -30,7 +30,6 @@ import apsw
 import apsw.sqlite_extra
 import msgpack
 
-from crdtstate.change import Snapshot, decode_change
 from crdtstate.clock import Version
 from crdtstate.document import EngineFailure
 from crdtstate.documents import DocumentSet
@@ -369,8 +368,7 @@ def read_documents(db: apsw.Connection, path: str | Path) -> DocumentSet:
         if not is_intact:
             raise damage(path, f"table snapshot, document {saved.document!r}")
         with _fitting(path, saved.document, "snapshot"):
-            snapshot = Snapshot.decode(saved.data)
-            documents.find_or_make(saved.document, snapshot.shared).join(snapshot)
+            documents.load_snapshot(saved.document, saved.data)
     for row, entry, is_intact in changes(db):
         found = documents.find(entry.document)
         if found and found.version.covers((entry.writer, entry.seq)):
@@ -378,11 +376,7 @@ def read_documents(db: apsw.Connection, path: str | Path) -> DocumentSet:
         if not is_intact:
             raise damage(path, f"table journal, row {row}, document {entry.document!r}")
         with _fitting(path, entry.document, f"change {entry.writer:x}:{entry.seq}"):
-            change = decode_change(entry.data)
-            document = documents.find_or_make(entry.document, change.shared)
-            if not document.is_ready(change):
-                raise InvalidUpdate("it comes before what it builds on")
-            document.apply(change)
+            documents.load_change(entry.document, entry.data)
     return documents
 
 
