@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime
@@ -164,6 +165,10 @@ def at_odds(relay: str, document: str, known: str) -> None:
             replica.document(document).map("plan", strategy=known)["goal"] = value
             replica.document(document).map("plan")["same"] = 1
             replica.document(document).register("text", strategy=known).value = value
+            # Stamps of one millisecond would be told apart by the writers' random numbers.
+            written = time.time_ns() // 1_000_000
+            while time.time_ns() // 1_000_000 <= written:
+                pass
         a.document(document).map("plan")["other"] = 1
         a.connect(relay)
         a.synced(timeout=20)
