@@ -269,8 +269,8 @@ class _Star:
         self.agents = [_Node(f"agent-{n}", "agent") for n in range(agents)]
         now = time.monotonic()
         for number, agent in enumerate(self.agents):
-            self.relay.sync.peer_up(number, now, dialled=False)
-            agent.sync.peer_up(0, now, dialled=True)
+            self.relay.sync.peer_up(number, now, url=None)
+            agent.sync.peer_up(0, now, url="memory://dialled")
         self.settle()
 
     def settle(self) -> None:

@@ -15,7 +15,8 @@ The map of the house, from the ground up; a module imports from its own floor an
     floor 1  guard (checks Yjs updates)  slots (what lanes say of a path)  lanes (over pycrdt)
              native_guard  native (Yjs types)  conflict (strategies)  change (Change, Snapshot)
              crdts (Map, Counter, Register, Set)  document  documents (a set of them)
-    floor 2  events  config  wire (frames)  identity (who may write as whom)  sync (the core)
+    floor 2  events  config  wire (frames)  identity (who may write as whom)  link  tree
+             membership  topology  mesh (whom to be connected to)  transfer  sync (the core)
     floor 3  transports (memory, websocket)  stores (memory, SQLite journal)
     floor 4  replica (the asyncio shell)
     floor 5  blocking  relay  simulation  demo  cli
@@ -52,6 +53,10 @@ from crdtstate.events import (
     EditsUndone,
     Event,
     IdentityRollback,
+    MemberDown,
+    MemberRetired,
+    MemberSuspected,
+    MemberUp,
     PeerConnected,
     PeerDisconnected,
     PeerRejected,
@@ -59,6 +64,7 @@ from crdtstate.events import (
     StoreFailed,
     StoreRecovered,
 )
+from crdtstate.membership import Member
 from crdtstate.replica import Peer, Replica
 
 __version__ = "0.1.0"
@@ -84,6 +90,11 @@ __all__ = [
     "IdentityRollback",
     "InvalidUpdate",
     "Map",
+    "Member",
+    "MemberDown",
+    "MemberRetired",
+    "MemberSuspected",
+    "MemberUp",
     "Peer",
     "PeerConnected",
     "PeerDisconnected",

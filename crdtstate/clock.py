@@ -222,3 +222,14 @@ class HybridClock:
             return False
         self.last = Stamp(stamp)
         return True
+
+
+_MASK = 2**64 - 1
+
+
+def mix(salt: int, writer: int, seq: int) -> int:
+    """A well-spread 64-bit number for one entry of a version (splitmix64's finaliser): the xor of
+    those of all entries is a fingerprint that is cheap to keep up to date."""
+    x = (salt + writer * 0x9E3779B97F4A7C15 + seq * 0xBF58476D1CE4E5B9) & _MASK
+    x = (x ^ x >> 30) * 0x94D049BB133111EB & _MASK
+    return x ^ x >> 31

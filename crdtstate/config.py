@@ -31,6 +31,9 @@ class Config:
     have_delay: float = 0.05
     """How long acknowledgements collect before they are sent."""
 
+    have_delay_max: float = 0.25
+    """The same in a mesh of more than `mesh_max` members, where they are most of the traffic."""
+
     want_delay: float = 0.3
     """How long to wait for a change that a peer announced before asking for it: most are on their
     way by a faster path. Above the usual round trip."""
@@ -70,7 +73,31 @@ class Config:
     """A remote clock further ahead is not believed; see `HybridClock`."""
 
     reconnect_max: float = 30.0
-    """The longest pause between two attempts to reach a peer; they never end."""
+    """The longest pause between two attempts to reach a peer; they never end. In the first minute
+    it is a second, so that a partition heals soon after the network does."""
+
+    retire_after: float = 24 * 3600.0
+    """How long a member that has a store may be down before it no longer counts."""
+
+    retire_memory_after: float = 600.0
+    """The same for a member without a store, which loses all it knew when it ends."""
+
+    discover: bool = True
+    """Also connect to members that others tell of, not only to the `peers` that were named."""
+
+    mesh_max: int = 16
+    """Members up to which everybody is connected with everybody. Above, each keeps a few links,
+    and changes go along a tree."""
+
+    active_links: int = 6
+    """Links that an agent keeps in a larger mesh. Fewer survive fewer failures at once; more cost
+    heartbeats."""
+
+    leaves_max: int = 64
+    """Connections that an agent takes from others that nobody can dial; relays take more."""
+
+    links_max: int = 4096
+    """Connections of any kind, of agents and relays alike."""
 
     events_max: int = 10_000
     """Events kept for one slow ``async for`` over `Replica.events`; the oldest go first."""
@@ -78,6 +105,10 @@ class Config:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name == "discover":
+                if not isinstance(value, bool):
+                    raise UsageError(f"Config.discover is True or False, not {value!r}")
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise UsageError(f"Config.{field.name} must be a number above 0, not {value!r}")
         if self.link_timeout < 3 * self.heartbeat:

@@ -94,6 +94,43 @@ class PeerRejected(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class MemberUp(Event):
+    """A member of the mesh can be reached: it is new, or back, or was suspected wrongly."""
+
+    agent: str
+    writer: int
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemberSuspected(Event):
+    """Nothing was heard of a neighbour for three heartbeats, or the connection just broke. Nobody
+    is told; it takes part in the mesh as before."""
+
+    agent: str
+    writer: int
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemberDown(Event):
+    """A member cannot be reached: no member that can be reached hears it. It may come back."""
+
+    agent: str
+    writer: int
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemberRetired(Event):
+    """A member said goodbye, or was down for longer than `Config.retire_after`."""
+
+    agent: str
+    writer: int
+    role: str
+
+
+@dataclass(frozen=True, slots=True)
 class ClockSkew(Event):
     """A peer's clock is so far ahead that it is not followed."""
 

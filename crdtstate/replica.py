@@ -19,7 +19,6 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -53,6 +52,7 @@ from crdtstate.events import (
     StoreRecovered,
 )
 from crdtstate.identity import draw_writer, may_keep_writer
+from crdtstate.membership import Member
 from crdtstate.slots import SEPARATOR
 from crdtstate.stores import Entry, Saved, Store
 from crdtstate.stores.journal import Journal
@@ -64,8 +64,9 @@ log = logging.getLogger("crdtstate")
 
 E = TypeVar("E", bound=Event)
 
-DIAL_TIMEOUT = 5.0
-FIRST_PAUSE = 0.1
+DIAL_TIMEOUT = 3.0
+"""Short: when a network is whole again, the next attempt must not wait for the last one."""
+
 STORE_RETRY = 1.0
 FAREWELL = 1.0
 """How long closing waits for what is queued to leave."""
@@ -209,13 +210,11 @@ class Replica(DocumentSet):
             if self._listen_url is not None:
                 self._listener = await listen(self._listen_url, self._accept, http=self._http)
                 self.address = self._listener.address
-                self._sync.hello = self._hello()
+                self._sync.introduce(self._hello(), self._loop.time())
         except BaseException:
             self._state = "closed"
             self._store.close(clean=False)
             raise
-        for url in self._peer_urls:
-            self._dial(url)
         self._wake()
         return self
 
@@ -234,8 +233,8 @@ class Replica(DocumentSet):
         try:
             self._seal_quietly()
             self._pump()
-            for peer in list(self._links):
-                self._end_link(peer, wire.ByeCode.SHUTDOWN, "closing", tell=True)
+            self._sync.leave(self._loop.time())
+            self._pump()
             await self._say_goodbye()
         finally:
             self._state = "closed"
@@ -275,7 +274,8 @@ class Replica(DocumentSet):
             self._writer = session.writer
         for item in self._store.load():
             self._load(item)
-        self._sync = sync.Sync(self, self._hello(), self.config, self._rng, self._loop.time())
+        now, seeds = self._loop.time(), self._peer_urls
+        self._sync = sync.Sync(self, self._hello(), self.config, self._rng, now, seeds)
         self._sync.former.update(session.writers - {self._writer})
         for name, version in self.versions():
             self._base[name] = version.get(self._writer, 0)
@@ -306,6 +306,7 @@ class Replica(DocumentSet):
             self.agent,
             self.role,
             self.address,
+            is_durable=self._store_path is not None,
         )
 
     def _check_usable(self) -> None:
@@ -323,7 +324,8 @@ class Replica(DocumentSet):
         check_url(url)
         if url not in self._peer_urls:
             self._peer_urls.append(url)
-            self._dial(url)
+            self._sync.add_seed(url, self._loop.time())
+            self._wake()
 
     # Waiting
 
@@ -479,6 +481,13 @@ class Replica(DocumentSet):
             found.append(Peer(hello.agent, hello.writer, hello.role, hello.address, lag, queued))
         return sorted(found, key=lambda peer: (peer.agent, peer.writer))
 
+    def members(self) -> list[Member]:
+        """All known members of the mesh, this one included, by name."""
+        if self._state != "open":
+            return []
+        found = self._sync.mesh.members.members()
+        return sorted(found, key=lambda member: (member.agent, member.writer))
+
     def unreachable(self) -> dict[str, str]:
         """The addresses that are being dialled without success, and why."""
         return dict(self._unreachable)
@@ -596,6 +605,8 @@ class Replica(DocumentSet):
                         self._note_paths(document, paths, agent, local=False)
                 case sync.Fetch(peer, name, ranges):
                     self._fetch(peer, name, ranges)
+                case sync.Dial(url):
+                    self._spawn(self._dial(url), f"dial {url}")
                 case sync.HangUp(peer, code, reason):
                     self._end_link(peer, code, reason)
                 case sync.Emit(event):
@@ -805,45 +816,34 @@ class Replica(DocumentSet):
 
     async def _accept(self, connection: Connection) -> None:
         if self._state == "open":
-            await self._run(connection, dialled=False)
+            await self._run(connection, None)
 
-    def _dial(self, url: str) -> None:
-        self._spawn(self._dial_for_ever(url), f"dial {url}")
+    async def _dial(self, url: str) -> None:
+        """Try once to connect to an address, and serve the connection."""
+        try:
+            connection = await dial(url, timeout=DIAL_TIMEOUT)
+        except (TransportError, UsageError) as exc:
+            log.debug("%s: %s", self.agent, exc)
+            self._note_trouble(url, str(exc).removeprefix(f"{url}: "))
+            self._sync.dial_failed(url, self._loop.time())
+            self._wake()
+            return
+        self._unreachable.pop(url, None)
+        link = await self._run(connection, url)
+        code = link.ending[0] if link.ending else None
+        if code is not wire.ByeCode.DUPLICATE:
+            self._note_trouble(url, link.ending[1] if link.ending else "the connection broke")
 
-    async def _dial_for_ever(self, url: str) -> None:
-        pause = 0.0
-        while True:
-            if pause:
-                await asyncio.sleep(pause * (0.5 + self._rng.random() / 2))
-            pause = min(max(pause * 1.7, FIRST_PAUSE), self.config.reconnect_max)
-            try:
-                connection = await dial(url, timeout=DIAL_TIMEOUT)
-            except (TransportError, UsageError) as exc:
-                log.debug("%s: %s", self.agent, exc)
-                self._unreachable[url] = str(exc).removeprefix(f"{url}: ")
-                continue
-            self._unreachable.pop(url, None)
-            started = self._loop.time()
-            link = await self._run(connection, dialled=True)
-            if link.writer == self._writer:
-                log.debug("%s: %s is this replica itself", self.agent, url)
-                return
-            if link.ending and link.ending[0] is wire.ByeCode.DUPLICATE:
-                await self._until(partial(self._is_only, link), None, "a peer")
-                pause = FIRST_PAUSE
-            elif self._loop.time() - started > 5:
-                pause = 0.0
-            self._unreachable[url] = link.ending[1] if link.ending else "the connection broke"
+    def _note_trouble(self, url: str, why: str) -> None:
+        """Remember why there is no connection to an address that the user gave."""
+        if url in self._peer_urls:
+            self._unreachable[url] = why
 
-    def _is_only(self, link: _Link) -> bool:
-        """Whether no other connection leads to the peer of *link*."""
-        return all(other.writer != link.writer for other in self._links.values())
-
-    async def _run(self, connection: Connection, *, dialled: bool) -> _Link:
-        """Serve one connection until it ends."""
+    async def _run(self, connection: Connection, url: str | None) -> _Link:
+        """Serve one connection, made by dialling *url* if that is given, until it ends."""
         peer, self._next_peer = self._next_peer, self._next_peer + 1
         link = self._links[peer] = _Link(connection)
-        self._sync.peer_up(peer, self._loop.time(), dialled=dialled)
+        self._sync.peer_up(peer, self._loop.time(), url=url)
         sender = self._loop.create_task(self._send_outbox(peer, link))
         self._pump()
         reason = "closed"
@@ -918,14 +918,13 @@ class Replica(DocumentSet):
             frames.append(frame)
         return wire.encode_message(frames)
 
-    def _end_link(self, peer: int, code: wire.ByeCode, reason: str, *, tell: bool = False) -> None:
+    def _end_link(self, peer: int, code: wire.ByeCode, reason: str) -> None:
+        """End a connection once what is queued has left, but soon."""
         link = self._links.get(peer)
-        if link is None:
-            return
-        if tell:
-            self._enqueue(peer, wire.encode_frame(wire.Bye(code, reason)))
-        link.ending = link.ending or (code, reason)
-        link.wake.set()
+        if link is not None and link.ending is None:
+            link.ending = (code, reason)
+            link.wake.set()
+            self._loop.call_later(FAREWELL, link.connection.abort)
 
 
 def check_url(url: object) -> None:

@@ -8,8 +8,9 @@ socket or a disk.
 
 How it works. A change is *delivered* to its document once everything it builds on is there (L5 of
 `lanes`); until then it is *pending*, in memory, bounded. A delivered change is persisted and sent
-on to every peer that may lack it: not to the one it came from, nor to that one's neighbours, which
-have it from there. A *local* change leaves only after it was committed. HAVE tells a peer what is
+on along the eager links of the `mesh`: in a complete one to every peer that may lack it (not to the
+one it came from, nor to that one's neighbours, which have it from there), in a larger one along a
+tree. A *local* change leaves only after it was committed. HAVE tells a peer what is
 committed here: announcement, acknowledgement and digest in one. What a HAVE shows to be missing,
 and does not come by itself, is asked for with WANT. Below the log's floor a WANT is answered by a
 snapshot at exactly the delivered version, which is joined, never put in place of what is there.
@@ -37,7 +38,7 @@ from typing import NamedTuple
 
 from crdtstate import wire
 from crdtstate.change import Change, Snapshot, decode_change
-from crdtstate.clock import Dot, Version
+from crdtstate.clock import Dot, Version, mix
 from crdtstate.config import Config
 from crdtstate.document import Document, EngineFailure
 from crdtstate.documents import DOCUMENTS_MAX, DocumentSet
@@ -51,13 +52,19 @@ from crdtstate.events import (
     PeerRejected,
     SnapshotReceived,
 )
+from crdtstate.link import Link, takes
+from crdtstate.mesh import Mesh
 from crdtstate.transfer import CACHE_MAX, DOWNLOADS_MAX, Downloads, Uploads
 
 CHANGES_FRAME_BYTES = 256 * 1024
 CHECKSUM_BYTES = 17
 """The head of a change's bytes that tells it from all others."""
 
-MISMATCHES_MAX = 3
+MISMATCH_QUIET = 10
+MISMATCHES_MAX = 30
+"""Heartbeats in a row that tell of a difference before all is named anew; one at which neither
+side has changed since the one before counts as ten."""
+
 QUARANTINE_MAX = 1000
 STRIKES_MAX = 20
 _EMPTY = Version()
@@ -98,6 +105,12 @@ class Fetch(NamedTuple):
     ranges: tuple[tuple[int, int, int], ...]
 
 
+class Dial(NamedTuple):
+    """Try once to connect to an address; then call `Sync.peer_up` or `Sync.dial_failed`."""
+
+    url: str
+
+
 class HangUp(NamedTuple):
     """Close a connection, after what was sent; then call `Sync.peer_down`."""
 
@@ -133,15 +146,18 @@ class Emit(NamedTuple):
     event: Event
 
 
-Effect = Send | Persist | SaveSnapshot | Fetch | HangUp | Delivered | Rebuild | Reidentify | Emit
+Effect = (
+    Send | Persist | SaveSnapshot | Fetch | Dial | HangUp | Delivered | Rebuild | Reidentify | Emit
+)
 
 
 @dataclass(slots=True)
 class _Ledger:
     """What the core knows of one document beside the document itself."""
 
-    # Tells the document's share of the fingerprint from others'.
+    # Tells the document's share of the fingerprint from others', and that share.
     salt: int
+    fingerprint: int = 0
     committed: Version = field(default_factory=Version)
     floor: Version = field(default_factory=Version)
     # Bytes persisted since the snapshot, and the size of that.
@@ -161,36 +177,6 @@ class _Missing:
     peer: int = 0
 
 
-@dataclass(slots=True)
-class _Link:
-    """One connection, and what is known of whoever is on the other side."""
-
-    peer: int
-    dialled: bool
-    heard: float
-    hello: wire.Hello | None = None
-    # It has told us all it has; before, it might know more of our writer than we do.
-    is_greeted: bool = False
-    is_congested: bool = False
-    is_closing: bool = False
-    # Document -> what it has committed, by its HAVEs.
-    acked: dict[str, Version] = field(default_factory=dict)
-    # Document -> what it has at least in memory.
-    known: dict[str, Version] = field(default_factory=dict)
-    # Document -> writers whose committed seq it has not been told.
-    dirty: dict[str, set[int]] = field(default_factory=dict)
-    neighbours: frozenset[int] = frozenset()
-    told_neighbours: tuple[int, ...] | None = None
-    # The newest fingerprint that was the same on both sides.
-    agreed: int | None = None
-    mismatches: int = 0
-    strikes: int = 0
-
-    @property
-    def agent(self) -> str:
-        return self.hello.agent if self.hello else f"connection {self.peer}"
-
-
 class Sync:
     """The sync core of one replica.
 
@@ -200,6 +186,7 @@ class Sync:
         config: Settings.
         rng: For jitter and choices between equals.
         now: The time, in seconds on any clock that does not run backwards.
+        seeds: Addresses to stay connected to.
     """
 
     def __init__(
@@ -209,6 +196,7 @@ class Sync:
         config: Config,
         rng: random.Random,
         now: float,
+        seeds: Iterable[str] = (),
     ) -> None:
         self.documents = documents
         self.hello = hello
@@ -216,10 +204,12 @@ class Sync:
         self._rng = rng
         self._now = now
         self._ledgers: dict[str, _Ledger] = {}
-        self._links: dict[int, _Link] = {}
+        self._links: dict[int, Link] = {}
+        self._seeds = tuple(seeds)
+        self.mesh = self._make_mesh(now)
         self._effects: list[Effect] = []
         # Changes to send on with the next effects: (change, the link it came from).
-        self._outgoing: list[tuple[Change, _Link | None]] = []
+        self._outgoing: list[tuple[Change, Link | None]] = []
         # What was persisted and is not committed: (number, document, own change or None,
         # writer and seq or a whole version).
         self._uncommitted: deque[tuple[int, str, Change | None, Version | Dot]] = deque()
@@ -242,8 +232,10 @@ class Sync:
         self.own_acked: dict[str, int] = {}
         # Writers that this replica wrote as in earlier sessions.
         self.former: set[int] = set()
-        # Deadlines; None while there is nothing to do.
-        self._beat_at = now + config.heartbeat * rng.random()
+        # Deadlines; None while there is nothing to do. When a connection may have been silent for
+        # too long, at the earliest.
+        self._silence_at = now + config.link_timeout
+        self._adopt_at = now + config.heartbeat
         self._flush_at: float | None = None
         self._want_at: float | None = None
         self._tidy_at: float | None = None
@@ -251,9 +243,9 @@ class Sync:
     # Looking
 
     @property
-    def peers(self) -> list[_Link]:
+    def peers(self) -> list[Link]:
         """The connections whose other side is known."""
-        return [link for link in self._links.values() if link.hello and not link.is_closing]
+        return [link for link in self._links.values() if link.is_up]
 
     def committed_version(self, document: str) -> Version:
         """What of *document* is committed here."""
@@ -340,7 +332,7 @@ class Sync:
 
     def next_deadline(self) -> float:
         """When to call `tick` at the latest."""
-        soonest = self._beat_at
+        soonest = min(self.mesh.next_deadline(), self._silence_at, self._adopt_at)
         for at in (self._flush_at, self._want_at, self._downloads.check_at, self._tidy_at):
             if at is not None and at < soonest:
                 soonest = at
@@ -358,12 +350,48 @@ class Sync:
         if (found := self.documents.find(document)) is not None:
             self._note_tidying(found)
 
+    def _make_mesh(self, now: float) -> Mesh:
+        return Mesh(
+            self._links,
+            self.hello,
+            self._seeds,
+            self.config,
+            self._rng,
+            self.documents.wall_ms,
+            self._fingerprint_for,
+            self._send,
+            lambda event: self._effects.append(Emit(event)),
+            now,
+        )
+
+    def introduce(self, hello: wire.Hello, now: float) -> None:
+        """Take *hello* for the introduction, before the first connection: it is known only now
+        where this replica listens."""
+        assert not self._links, "somebody has been told otherwise"
+        self.hello = hello
+        self.mesh = self._make_mesh(now)
+
     # Connections
 
-    def peer_up(self, peer: int, now: float, *, dialled: bool) -> None:
-        """A connection stands; *peer* is any new number for it."""
+    def add_seed(self, url: str, now: float) -> None:
+        """Stay connected to *url* from now on."""
         self._now = now
-        self._links[peer] = _Link(peer, dialled, now)
+        self._seeds = (*self._seeds, url)
+        self.mesh.topology.add_seed(url, now)
+        self.mesh.dial(now)
+
+    def dial_failed(self, url: str, now: float) -> None:
+        """What a `Dial` asked for failed; it will be tried again."""
+        self._now = now
+        self.mesh.topology.dial_failed(url, now)
+        self.mesh.dial(now)
+
+    def peer_up(self, peer: int, now: float, *, url: str | None) -> None:
+        """A connection stands; *peer* is any new number for it, *url* what a `Dial` named."""
+        self._now = now
+        self._links[peer] = Link(peer, url, now, now)
+        if url is not None:
+            self.mesh.topology.connected(url)
         self._send(peer, self.hello)
 
     def peer_down(self, peer: int, now: float, reason: str = "closed") -> None:
@@ -377,6 +405,14 @@ class Sync:
             self._effects.append(Emit(event))
         self._uploads.peer_down(peer)
         self._downloads.peer_down(peer)
+        self.mesh.gone(link, now)
+
+    def leave(self, now: float) -> None:
+        """Say goodbye to everybody: this replica closes. What follows is carried out as ever."""
+        self._now = now
+        self.mesh.leave()
+        for link in list(self._links.values()):
+            self._hang_up(link, wire.ByeCode.SHUTDOWN, "closing")
 
     def congested(self, peer: int) -> None:
         """Too much waits for this peer: queue no more live changes for it."""
@@ -433,9 +469,11 @@ class Sync:
             before = committed.get(writer, 0)
             if seq <= before:
                 continue
+            moved = mix(salt, writer, seq)
             if before:
-                self._fingerprint ^= _mix(salt, writer, before)
-            self._fingerprint ^= _mix(salt, writer, seq)
+                moved ^= mix(salt, writer, before)
+            self._fingerprint ^= moved
+            ledger.fingerprint ^= moved
             committed[writer] = seq
             for link in self._links.values():
                 link.dirty.setdefault(name, set()).add(writer)
@@ -459,7 +497,7 @@ class Sync:
         except ProtocolError as exc:
             self._strike(link, str(exc))
 
-    def _handle(self, link: _Link, frame: wire.Frame) -> None:
+    def _handle(self, link: Link, frame: wire.Frame) -> None:
         match frame:
             case wire.Changes():
                 self._on_changes(link, frame)
@@ -469,6 +507,10 @@ class Sync:
                 self._on_heartbeat(link, frame)
             case wire.Want():
                 self._on_want(link, frame)
+            case wire.Members():
+                self.mesh.on_members(link, frame, self._now)
+            case wire.Roll():
+                self.mesh.on_roll(link, frame)
             case wire.Hello():
                 self._on_hello(link, frame)
             case wire.Offer():
@@ -481,23 +523,24 @@ class Sync:
                 self._on_busy(frame)
             case wire.Bye():
                 link.is_closing = True
-                code = _bye_code(frame.code)
+                code = link.bye = _bye_code(frame.code)
                 self._effects.append(HangUp(link.peer, code, f"they said: {frame.reason}"))
 
-    def _strike(self, link: _Link, reason: str) -> None:
+    def _strike(self, link: Link, reason: str) -> None:
         """A peer broke a rule. What it sent is dropped; if it goes on, so is the connection."""
         link.strikes += 1
         self._effects.append(Emit(PeerRejected(link.agent, reason)))
         if link.strikes >= STRIKES_MAX:
             self._hang_up(link, wire.ByeCode.PROTOCOL, reason)
 
-    def _hang_up(self, link: _Link, code: wire.ByeCode, reason: str) -> None:
+    def _hang_up(self, link: Link, code: wire.ByeCode, reason: str) -> None:
         if not link.is_closing:
             link.is_closing = True
+            link.bye = code
             self._send(link.peer, wire.Bye(code, reason[:200]))
             self._effects.append(HangUp(link.peer, code, reason))
 
-    def _on_hello(self, link: _Link, hello: wire.Hello) -> None:
+    def _on_hello(self, link: Link, hello: wire.Hello) -> None:
         if link.hello is not None:
             raise ProtocolError("a second Hello")
         mine = self.hello
@@ -508,6 +551,8 @@ class Sync:
             return
         if hello.writer == mine.writer:
             if hello.session == mine.session:
+                if link.url is not None:
+                    self.mesh.topology.met(link.url, hello.writer, is_self=True)
                 self._hang_up(link, wire.ByeCode.DUPLICATE, "this is myself")
             else:
                 self._hang_up(link, wire.ByeCode.SAME_WRITER, "two processes write as one writer")
@@ -516,16 +561,27 @@ class Sync:
         for other in self.peers:
             if other.hello is not None and other.hello.writer == hello.writer:
                 if not self._replaces(link, other, hello):
+                    if link.url is not None:
+                        self.mesh.topology.met(link.url, hello.writer, is_self=False)
                     self._hang_up(link, wire.ByeCode.DUPLICATE, "there is another connection")
                     return
                 self._hang_up(other, wire.ByeCode.DUPLICATE, "replaced by another connection")
+        if self._is_full(hello):
+            self._hang_up(link, wire.ByeCode.PRUNED, "too many connections")
+            return
         link.hello = hello
         self._effects.append(Emit(PeerConnected(hello.agent, hello.writer, hello.role)))
-        for name in sorted(self._ledgers):
-            self._send_full_have(link, name)
-        self._beat(link)
+        self._send_full_haves(link)
+        self.mesh.met(link, self._now)
 
-    def _replaces(self, new: _Link, old: _Link, hello: wire.Hello) -> bool:
+    def _is_full(self, hello: wire.Hello) -> bool:
+        """Whether this replica has all the connections it can take."""
+        peers = self.peers
+        if self.hello.role == "agent" and hello.address is None:
+            return sum(link.is_leaf for link in peers) >= self.config.leaves_max
+        return len(peers) >= self.config.links_max
+
+    def _replaces(self, new: Link, old: Link, hello: wire.Hello) -> bool:
         """Which of two connections with one peer stays; both sides must say the same."""
         assert old.hello is not None
         if hello.session != old.hello.session or new.dialled == old.dialled:
@@ -534,7 +590,7 @@ class Sync:
 
     # Changes
 
-    def _on_changes(self, link: _Link, frame: wire.Changes) -> None:
+    def _on_changes(self, link: Link, frame: wire.Changes) -> None:
         asked: dict[tuple[str, int], int] = {}
         for data in frame.changes:
             change = decode_change(data)
@@ -558,7 +614,7 @@ class Sync:
         if self._missing:
             self._arm_want()
 
-    def _take(self, link: _Link, change: Change) -> None:
+    def _take(self, link: Link, change: Change) -> None:
         name, writer, seq = key = (change.document, change.writer, change.seq)
         known = link.known.setdefault(name, Version())
         if known.get(writer, 0) == seq - 1:
@@ -585,7 +641,7 @@ class Sync:
             found = self.documents.find_or_make(name, shared)
         return found
 
-    def _park(self, link: _Link, document: Document, change: Change) -> None:
+    def _park(self, link: Link, document: Document, change: Change) -> None:
         """Let a change wait for the first one it lacks; or, when too many do, forget it: it was
         not acknowledged, so it will be asked for again (S6)."""
         limit = self.config
@@ -610,13 +666,13 @@ class Sync:
         due = self._now + self.config.want_delay
         self._want(change.document, lacking.writer, lacking.seq, due)
 
-    def _unpark(self, key: tuple[str, int, int]) -> tuple[Change, _Link | None]:
+    def _unpark(self, key: tuple[str, int, int]) -> tuple[Change, Link | None]:
         """Take a pending change out; return it with the link that it came by, if that is up."""
         change, peer = self._pending.pop(key)
         self._pending_bytes -= len(change.data)
         return change, self._links.get(peer)
 
-    def _deliver(self, link: _Link | None, document: Document, change: Change) -> None:
+    def _deliver(self, link: Link | None, document: Document, change: Change) -> None:
         """Deliver a ready change and all that waited for it."""
         ready = [(change, link)]
         while ready:
@@ -634,7 +690,7 @@ class Sync:
                 else:
                     self._wait(document, self._pending[key][0])
 
-    def _apply(self, link: _Link | None, document: Document, change: Change) -> bool:
+    def _apply(self, link: Link | None, document: Document, change: Change) -> bool:
         try:
             paths = document.apply(change)
         except InvalidUpdate as exc:
@@ -694,7 +750,9 @@ class Sync:
         outgoing, self._outgoing = self._outgoing, []
         encoded: dict[tuple[int, ...], list[bytes]] = {}
         for link in self._links.values():
-            if link.hello is None or not link.is_greeted or link.is_congested or link.is_closing:
+            if not link.is_up or not link.is_greeted or link.is_congested:
+                continue
+            if not self.mesh.is_eager(link, self._now):
                 continue
             chosen = tuple(
                 index
@@ -708,17 +766,17 @@ class Sync:
                 frames = encoded[chosen] = _encode_changes([outgoing[i][0].data for i in chosen])
             self._effects.extend(Send(link.peer, frame) for frame in frames)
 
-    def _may_lack(self, link: _Link, change: Change, source: _Link | None) -> bool:
-        if source is not None:
-            assert link.hello is not None
-            if link is source or link.hello.writer in source.neighbours:
-                return False
+    def _may_lack(self, link: Link, change: Change, source: Link | None) -> bool:
+        if not link.takes(change.document) or link is source:
+            return False
+        if source is not None and self.mesh.is_direct and link.writer in source.neighbours:
+            return False
         known = link.known.get(change.document)
         return known is None or known.get(change.writer, 0) < change.seq
 
     # HAVE and WANT
 
-    def _on_have(self, link: _Link, frame: wire.Have) -> None:
+    def _on_have(self, link: Link, frame: wire.Have) -> None:
         name = frame.document
         self._ledger(name)
         acked = link.acked.setdefault(name, Version())
@@ -784,7 +842,7 @@ class Sync:
             for at in range(0, len(ranges), wire.RANGES_MAX):
                 self._send(peer, wire.Want(name, tuple(ranges[at : at + wire.RANGES_MAX])))
 
-    def _on_want(self, link: _Link, frame: wire.Want) -> None:
+    def _on_want(self, link: Link, frame: wire.Want) -> None:
         if link.is_congested:
             return
         ledger = self._ledger(frame.document)
@@ -810,31 +868,49 @@ class Sync:
             is_last = index == len(frames) - 1
             self._send(peer, wire.Changes(tuple(part), answer=True, more=more and is_last))
 
-    def _on_heartbeat(self, link: _Link, frame: wire.Heartbeat) -> None:
-        if frame.neighbours is not None:
-            link.neighbours = frozenset(frame.neighbours)
-        if not link.is_greeted:
-            link.is_greeted = True
-        if frame.fingerprint == self._fingerprint:
+    def _on_heartbeat(self, link: Link, frame: wire.Heartbeat) -> None:
+        link.is_greeted = True
+        mine = self._fingerprint_for(link)
+        told = link.told
+        self.mesh.on_heartbeat(link, frame, self._now)
+        if frame.fingerprint == mine:
             link.mismatches = 0
-            if link.agreed != frame.fingerprint:
-                link.agreed = frame.fingerprint
+            if link.agreed != mine:
+                link.agreed = mine
                 self._note_agreement(link)
             return
-        link.mismatches += 1
+        # While changes are on their way nothing else is to be expected.
+        is_quiet = told is not None and told[:2] == (frame.fingerprint, mine)
+        link.mismatches += MISMATCH_QUIET if is_quiet else 1
         if link.mismatches >= MISMATCHES_MAX:
             link.mismatches = 0
-            for name in sorted(self._ledgers):
-                self._send_full_have(link, name)
+            self._send_full_haves(link)
 
-    def _note_agreement(self, link: _Link) -> None:
+    def _fingerprint_for(self, link: Link) -> int:
+        """64 bits over all that is committed here and concerns a link."""
+        if not link.is_partial and self.hello.documents is None:
+            return self._fingerprint
+        found = 0
+        for name, ledger in self._ledgers.items():
+            if link.takes(name) and self._takes(name):
+                found ^= ledger.fingerprint
+        return found
+
+    def _takes(self, name: str) -> bool:
+        """Whether this replica takes part in a document."""
+        return takes(self.hello.documents, name)
+
+    def _note_agreement(self, link: Link) -> None:
         """The peer has committed just what we have: it need not name it, should a HAVE be lost."""
         for name, ledger in self._ledgers.items():
-            link.acked.setdefault(name, Version()).merge(ledger.committed)
+            if link.takes(name):
+                link.acked.setdefault(name, Version()).merge(ledger.committed)
 
-    def _send_full_have(self, link: _Link, name: str) -> None:
-        link.dirty.pop(name, None)
-        self._send(link.peer, wire.Have(name, self._ledgers[name].committed.copy(), True))
+    def _send_full_haves(self, link: Link) -> None:
+        for name in sorted(self._ledgers):
+            if link.takes(name):
+                link.dirty.pop(name, None)
+                self._send(link.peer, wire.Have(name, self._ledgers[name].committed.copy(), True))
 
     def _flush(self) -> None:
         """Tell every peer what was committed since it was last told."""
@@ -845,6 +921,8 @@ class Sync:
                 continue
             dirty, link.dirty = link.dirty, {}
             for name, writers in dirty.items():
+                if not link.takes(name):
+                    continue
                 key = (name, frozenset(writers))
                 frame = encoded.get(key)
                 if frame is None:
@@ -870,25 +948,25 @@ class Sync:
     def _has_uncommitted(self, name: str) -> bool:
         return any(own is not None and doc == name for _, doc, own, _ in self._uncommitted)
 
-    def _on_offer(self, link: _Link, frame: wire.Offer) -> None:
+    def _on_offer(self, link: Link, frame: wire.Offer) -> None:
         if any(
             name == frame.document and wanted.peer == link.peer and wanted.tries
             for (name, _), wanted in self._missing.items()
         ):
             self._downloads.on_offer(link.peer, frame, self._now)
 
-    def _on_get(self, link: _Link, frame: wire.Get) -> None:
+    def _on_get(self, link: Link, frame: wire.Get) -> None:
         if not self._uploads.on_get(link.peer, frame):
             # It has been replaced by a newer one: offer that.
             self._uploads.ask(frame.document, link.peer)
             self._serve_asked(frame.document)
 
-    def _on_chunk(self, link: _Link, frame: wire.Chunk) -> None:
+    def _on_chunk(self, link: Link, frame: wire.Chunk) -> None:
         data = self._downloads.on_chunk(link.peer, frame, self._now)
         if data is not None:
             self._join(link, frame.document, data)
 
-    def _join(self, link: _Link, name: str, data: bytes) -> None:
+    def _join(self, link: Link, name: str, data: bytes) -> None:
         snapshot = Snapshot.decode(data)
         if snapshot.document != name:
             raise ProtocolError(f"a snapshot of {snapshot.document!r} in place of {name!r}")
@@ -992,7 +1070,8 @@ class Sync:
         self._effects = [e for e in self._effects if not isinstance(e, (Persist, SaveSnapshot))]
         self._fingerprint = 0
         for ledger in self._ledgers.values():
-            ledger.committed = Version()
+            ledger.committed, ledger.fingerprint = Version(), 0
+        self.mesh.rename(hello)
         for link in list(self._links.values()):
             self._hang_up(link, wire.ByeCode.NORMAL, "new writer")
 
@@ -1004,8 +1083,7 @@ class Sync:
         self._now = now
         if late > self.config.heartbeat:
             # We were asleep, not they.
-            for link in self._links.values():
-                link.heard += late
+            self.mesh.slept(late)
         if self._flush_at is not None and self._flush_at <= now:
             self._flush_at = None
             self._flush()
@@ -1016,24 +1094,22 @@ class Sync:
             self._downloads.check(now)
         if self._tidy_at is not None and self._tidy_at <= now:
             self._tidy()
-        if self._beat_at <= now:
-            self._beat_at = now + self.config.heartbeat
-            self._beat_all()
+        if self._silence_at <= now:
+            self._end_silent()
+        self.mesh.tick(now)
+        if self._adopt_at <= now:
+            self._adopt_at = now + self.config.heartbeat
             self._adopt()
 
-    def _beat_all(self) -> None:
+    def _end_silent(self) -> None:
+        """Give up the connections on which nothing came for too long."""
+        timeout = self.config.link_timeout
         for link in list(self._links.values()):
-            if self._now - link.heard > self.config.link_timeout:
+            if link.heard + timeout <= self._now and not link.is_closing:
                 self._hang_up(link, wire.ByeCode.NORMAL, "nothing heard for too long")
-            elif link.hello is not None and not link.is_closing:
-                self._beat(link)
-
-    def _beat(self, link: _Link) -> None:
-        writers = sorted(peer.hello.writer for peer in self.peers if peer.hello)
-        neighbours = tuple(writers) if len(writers) <= wire.NEIGHBOURS_MAX else ()
-        told = None if neighbours == link.told_neighbours else neighbours
-        link.told_neighbours = neighbours
-        self._send(link.peer, wire.Heartbeat(self._fingerprint, told))
+                self.mesh.silent(link, self._now)
+        heard = [link.heard for link in self._links.values() if not link.is_closing]
+        self._silence_at = min(heard, default=self._now) + timeout
 
     def unadopted(self) -> list[tuple[Document, int]]:
         """Lanes of own former writers that nobody looks after."""
@@ -1085,6 +1161,14 @@ class Sync:
         """Take what is to be done, in order."""
         if self._outgoing:
             self._spread()
+        mesh = self.mesh
+        if mesh.pruned:
+            for link in mesh.pruned:
+                self._hang_up(link, wire.ByeCode.PRUNED, "more links than needed")
+            mesh.pruned = []
+        if mesh.dials:
+            self._effects.extend(Dial(url) for url in mesh.dials)
+            mesh.dials = []
         effects, self._effects = self._effects, []
         return effects
 
@@ -1101,7 +1185,9 @@ class Sync:
 
     def _arm_flush(self) -> None:
         if self._flush_at is None:
-            self._flush_at = self._now + self.config.have_delay
+            is_small = self.mesh.members.count <= self.config.mesh_max
+            config = self.config
+            self._flush_at = self._now + (config.have_delay if is_small else config.have_delay_max)
 
     def _arm_want(self, due: float | None = None) -> None:
         if due is None:
@@ -1152,13 +1238,3 @@ def _encode_changes(changes: Sequence[bytes]) -> list[bytes]:
 
 def _salt(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
-
-
-_MASK = 2**64 - 1
-
-
-def _mix(salt: int, writer: int, seq: int) -> int:
-    """A well-spread 64-bit number for one entry of a version (splitmix64's finaliser)."""
-    x = (salt + writer * 0x9E3779B97F4A7C15 + seq * 0xBF58476D1CE4E5B9) & _MASK
-    x = (x ^ x >> 30) * 0x94D049BB133111EB & _MASK
-    return x ^ x >> 31

@@ -17,7 +17,7 @@ unknown ends the connection.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import chain, islice
@@ -53,9 +53,23 @@ CHANGES_MAX = 4096
 RANGES_MAX = 4096
 VERSION_ENTRIES_MAX = 200_000
 NEIGHBOURS_MAX = 16
+"""Neighbours named in a heartbeat, and links in a record: as many as a complete mesh has."""
+
+MEMBERS_MAX = 10_000
+"""Members that a replica knows of."""
+
+RECORD_BYTES_MAX = 32 * 2**10
+RECORDS_MAX = 1024
+LOST_MAX = 1024
+"""Members that one record says to have lost."""
+
+ORDER_MAX = 2**54
+WAVE_MAX = 2**53
 CHUNK_BYTES_MAX = 64 * 2**10
 SNAPSHOT_BYTES_MAX = 2**30
 NAME_CHARS_MAX = 200
+PATTERNS_MAX = 100
+"""Names of documents in a Hello."""
 DIGEST_BYTES = 32
 RETRY_MS_MAX = 24 * 3600 * 1000
 UINT64_MAX = 2**64 - 1
@@ -75,6 +89,8 @@ _SKIPPED_FROM = 128
 """Frames of unknown types from here on are skipped."""
 
 
+PRIORITY_MAX = 3
+
 Role = Literal["agent", "relay"]
 
 
@@ -91,6 +107,8 @@ class ByeCode(IntEnum):
     SHUTDOWN = 4
     SAME_WRITER = 5
     """Two processes write as the same writer, as after copying a store. One must stop."""
+    PRUNED = 6
+    """The sender has more links than it needs; it is still a member. Don't dial it for a while."""
 
 
 ROLES: tuple[Role, ...] = ("agent", "relay")
@@ -114,7 +132,11 @@ class Hello:
     agent: str
     role: Role = "agent"
     address: str | None = None
-    """The URL where this one listens, if it does."""
+    """The URL where others can reach this one, if they can."""
+    is_durable: bool = False
+    """It has a store."""
+    documents: tuple[str, ...] | None = None
+    """The names of the documents it takes part in, ``x*`` for all that begin with x; None: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +149,67 @@ class Bye:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Still here, in this state."""
+    """Still here, in this state. Passed on at once as a wave, it also shapes the tree."""
 
     fingerprint: int
     """64 bits over all versions: the same on both sides when both have the same."""
     neighbours: tuple[int, ...] | None = None
     """The writers the sender is connected to, or None for as before."""
+    priority: int = PRIORITY_MAX
+    root: int = 0
+    """Priority and session of whom the sender takes for the root of the tree."""
+    wave: int = 0
+    """The newest wave of that root that reached the sender."""
+    is_parent: bool = False
+    """The receiver is the sender's parent in the tree."""
+    members: int = 0
+    """64 bits over all member records, like the fingerprint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a replica says of itself to the whole mesh. Of two, the one of higher `order` counts.
+
+    Its links are what the others compute from who can be reached; a member is down when no
+    living member says that it has a connection with it.
+    """
+
+    writer: int
+    session: int
+    seq: int
+    """Rises with each record of this writer, over restarts too: it follows the wall clock."""
+    agent: str
+    role: Role = "agent"
+    is_gone: bool = False
+    """It said goodbye, or it was down for so long that it no longer counts."""
+    is_durable: bool = False
+    """It has a store."""
+    address: str | None = None
+    links: tuple[int, ...] = ()
+    """Writers of members it is connected to; at most NEIGHBOURS_MAX, relays first."""
+    lost: tuple[tuple[int, int], ...] = ()
+    """(writer, seq) of records that claim a link to this replica that does not stand."""
+
+    @property
+    def order(self) -> int:
+        """What tells the newer of two records of one writer."""
+        return 2 * self.seq + self.is_gone
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """Records, as `encode_record` makes them."""
+
+    records: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Roll:
+    """Which records the sender has: writer -> order. Please send what is newer."""
+
+    orders: dict[int, int]
+    is_answer: bool = False
+    """These records are older here than there: send them, and ask nothing back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,11 +277,13 @@ class Busy:
     retry_after_ms: int
 
 
-Frame = Hello | Bye | Heartbeat | Changes | Have | Want | Offer | Get | Chunk | Busy
+Frame = (
+    Hello | Bye | Heartbeat | Members | Roll | Changes | Have | Want | Offer | Get | Chunk | Busy
+)
 
 
-# Encoding. Type numbers are for ever. Set aside for what is planned: 1, 4-10, 19-22, 27, 30,
-# 31, 34-38, 40 (welcome, peer exchange, probes, subscriptions, bucketed versions, writers'
+# Encoding. Type numbers are for ever. Set aside for what is planned: 1, 6-10, 19-22, 27, 30,
+# 31, 34-38, 40 (welcome, probes, subscriptions, bucketed versions, writers'
 # acknowledgements, stability, end of snapshot, credit, error, read barrier, leases, presence).
 
 
@@ -256,9 +335,15 @@ def _to_array(frame: Frame) -> tuple[Any, ...]:
             return (17, document, version.flat(), full)
         case Want(document, ranges):
             return (18, document, tuple(chain.from_iterable(ranges)))
-        case Heartbeat(fingerprint, neighbours):
+        case Heartbeat(fingerprint, neighbours, priority, root, wave, is_parent, members):
             # None and () differ, and arrays are read as arrays: hence the flag.
-            return (3, fingerprint, neighbours is not None, neighbours or ())
+            told = neighbours is not None
+            tree = (priority, root, wave, is_parent)
+            return (3, fingerprint, told, neighbours or (), *tree, members)
+        case Members(records):
+            return (4, records)
+        case Roll(orders, is_answer):
+            return (5, tuple(chain.from_iterable(sorted(orders.items()))), is_answer)
         case Offer(document, digest, size):
             return (24, document, digest, size)
         case Get(document, digest, offset):
@@ -267,10 +352,34 @@ def _to_array(frame: Frame) -> tuple[Any, ...]:
             return (26, document, digest, offset, data)
         case Busy(document, retry_after_ms):
             return (28, document, retry_after_ms)
-        case Hello(low, high, writer, session, agent, role, address):
-            return (0, low, high, writer, session, agent, ROLES.index(role), address)
+        case Hello(low, high, writer, session, agent, role, address, is_durable, documents):
+            who = (writer, session, agent, ROLES.index(role), address, is_durable)
+            return (0, low, high, *who, documents is not None, documents or ())
         case Bye(code, reason):
             return (2, code, reason)
+
+
+def encode_record(record: Record) -> bytes:
+    """Return a record's bytes, for `Members`. They are passed on as they are."""
+    lost = tuple(chain.from_iterable(record.lost))
+    role, flags = ROLES.index(record.role), record.is_gone + 2 * record.is_durable
+    head = (record.writer, record.session, record.seq, record.agent, role, flags, record.address)
+    raw: bytes = msgpack.packb((*head, record.links, lost))
+    return raw
+
+
+def split_records(records: Iterable[bytes]) -> Iterator[Members]:
+    """Put encoded records in frames of a size that does not delay what comes after them."""
+    part: list[bytes] = []
+    size = 0
+    for record in records:
+        if part and (size + len(record) > BUNDLE_BYTES or len(part) >= RECORDS_MAX):
+            yield Members(tuple(part))
+            part, size = [], 0
+        part.append(record)
+        size += len(record)
+    if part:
+        yield Members(tuple(part))
 
 
 # Decoding. Everything is read in the order in which it was written, one value at a time and
@@ -356,7 +465,7 @@ def _read_frame(source: msgpack.Unpacker, length: int, kind: int) -> Frame | Non
     return frame
 
 
-_LENGTHS = {0: 8, 2: 3, 3: 4, 16: 4, 17: 4, 18: 3, 24: 4, 25: 4, 26: 5, 28: 3}
+_LENGTHS = {0: 11, 2: 3, 3: 9, 4: 2, 5: 3, 16: 4, 17: 4, 18: 3, 24: 4, 25: 4, 26: 5, 28: 3}
 """How many values a frame's array has at least, by type."""
 
 
@@ -373,7 +482,23 @@ def _read_fields(source: msgpack.Unpacker, kind: int) -> Frame:
         case 3:
             fingerprint, told = _number(read(), 0, UINT64_MAX), _flag(read())
             neighbours = _within(_read_array(source, NEIGHBOURS_MAX, int), WRITER_MAX)
-            return Heartbeat(fingerprint, neighbours if told else None)
+            return Heartbeat(
+                fingerprint,
+                neighbours if told else None,
+                priority=_number(read(), 0, PRIORITY_MAX),
+                root=_number(read(), 0, UINT64_MAX),
+                wave=_number(read(), 0, WAVE_MAX),
+                is_parent=_flag(read()),
+                members=_number(read(), 0, UINT64_MAX),
+            )
+        case 4:
+            return Members(_read_array(source, RECORDS_MAX, bytes))
+        case 5:
+            flat = _read_array(source, MEMBERS_MAX, int, group=2)
+            _within(flat[0::2], WRITER_MAX)
+            if flat and not 0 <= min(flat[1::2]) <= max(flat[1::2]) <= ORDER_MAX:
+                raise ProtocolError("a record's order is out of range")
+            return Roll(dict(zip(flat[0::2], flat[1::2], strict=True)), _flag(read()))
         case 24:
             return Offer(_name(read()), _digest(read()), _size(read()))
         case 25:
@@ -393,8 +518,43 @@ def _read_fields(source: msgpack.Unpacker, kind: int) -> Frame:
                 session=_number(read(), 0, UINT64_MAX),
                 agent=_sized(read(), str, 1, 100),
                 role=ROLES[_number(read(), 0, len(ROLES) - 1)],
-                address=None if (address := read()) is None else _sized(address, str, 1, 500),
+                address=_address(read()),
+                is_durable=_flag(read()),
+                documents=_read_patterns(source),
             )
+
+
+def decode_record(data: bytes) -> Record:
+    """Return the record that `encode_record` wrote; raises ProtocolError."""
+    if not 0 < len(data) <= RECORD_BYTES_MAX:
+        raise ProtocolError(f"a record of {len(data)} bytes")
+    source = _source(data)
+    try:
+        if not RECORD_FIELDS <= source.read_array_header() <= FIELDS_MAX:
+            raise ProtocolError("a record lacks fields or has too many")
+        return _read_record(source)
+    except ProtocolError:
+        raise
+    except Exception as exc:
+        raise ProtocolError(f"a record is malformed: {exc!r}") from exc
+
+
+def _read_record(source: msgpack.Unpacker) -> Record:
+    read = source.unpack
+    writer, session = _number(read(), 1, WRITER_MAX), _number(read(), 0, UINT64_MAX)
+    seq, agent = _number(read(), 1, ORDER_MAX // 2 - 1), _sized(read(), str, 1, 100)
+    role, flags = ROLES[_number(read(), 0, len(ROLES) - 1)], _number(read(), 0, 3)
+    address = _address(read())
+    links = _within(_read_array(source, NEIGHBOURS_MAX, int), WRITER_MAX)
+    lost = _read_array(source, LOST_MAX, int, group=2)
+    _within(lost, ORDER_MAX)
+    pairs = tuple(zip(lost[0::2], lost[1::2], strict=True))
+    gone, durable = bool(flags & 1), bool(flags & 2)
+    return Record(writer, session, seq, agent, role, gone, durable, address, links, pairs)
+
+
+RECORD_FIELDS = 9
+"""Values in a record's array; more, from a newer peer, are left unread."""
 
 
 def _read_array(
@@ -428,6 +588,12 @@ def _read_ranges(source: msgpack.Unpacker) -> tuple[tuple[int, int, int], ...]:
     return tuple(zip(writers, firsts, lasts, strict=True))
 
 
+def _read_patterns(source: msgpack.Unpacker) -> tuple[str, ...] | None:
+    told = _flag(source.unpack())
+    patterns = tuple(map(_name, _read_array(source, PATTERNS_MAX, str)))
+    return patterns if told else None
+
+
 def _within(numbers: tuple[int, ...], high: int) -> tuple[int, ...]:
     if numbers and not 1 <= min(numbers) <= max(numbers) <= high:
         raise ProtocolError(f"not all of these are from 1 to {high}: {numbers[:9]}")
@@ -450,6 +616,10 @@ def _sized(value: Any, cls: type[_Sized], low: int, high: int) -> _Sized:
     if type(value) is not cls or not low <= len(value) <= high:
         raise ProtocolError(f"not {cls.__name__} of length {low} to {high}")
     return value
+
+
+def _address(value: Any) -> str | None:
+    return None if value is None else _sized(value, str, 1, 500)
 
 
 def _name(value: Any) -> str:

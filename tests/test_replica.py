@@ -464,9 +464,12 @@ async def test_two_that_dial_each_other_keep_one_connection() -> None:
 @asynchronous
 async def test_dialling_itself_is_noticed_and_given_up() -> None:
     async with Replica("ann", listen=LOCAL) as ann:
-        await asyncio.wait_for(ann._dial_for_ever(url(ann)), 10)
+        ann.connect(url(ann))
+        mesh = ann._sync.mesh
+        await ann._until(lambda: mesh.topology.is_self(url(ann)), 10, "itself")
 
         assert ann.peers() == []
+        assert mesh.topology.dial([], mesh.members, ann._loop.time() + 1000)[0] == []
 
 
 async def hello(address: str, **changes: Any) -> tuple[Any, list[Any]]:

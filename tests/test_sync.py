@@ -55,7 +55,7 @@ class Node(DocumentSet):
         writer: int,
         config: Config = CONFIG,
         *,
-        session: int = 1,
+        session: int | None = None,
         store: MemoryStore | None = None,
     ) -> None:
         super().__init__(f"agent-{writer}", writer, lambda: 1_700_000_000_000)
@@ -64,7 +64,7 @@ class Node(DocumentSet):
         self.store = store or MemoryStore()
         for item in self.store.load():
             self._load(item)
-        hello = wire.Hello(1, 1, writer, session, self.agent)
+        hello = wire.Hello(1, 1, writer, writer if session is None else session, self.agent)
         self.core = Sync(self, hello, config, random.Random(writer), 0.0)
         for name, version in self.versions():
             self.core.restore(name, version, self.store.floor(name))
@@ -185,8 +185,8 @@ def connect(one: Node, two: Node) -> tuple[int, int]:
     """Connect two nodes, dialled by *one*; return their numbers for it."""
     here, there = next(_numbers), next(_numbers)
     one.links[here], two.links[there] = (two, there), (one, here)
-    one.core.peer_up(here, one.now, dialled=True)
-    two.core.peer_up(there, two.now, dialled=False)
+    one.core.peer_up(here, one.now, url="memory://dialled")
+    two.core.peer_up(there, two.now, url=None)
     return here, there
 
 
@@ -261,7 +261,7 @@ def test_both_sides_of_a_connection_learn_who_the_other_is() -> None:
 
 def test_a_frame_before_hello_ends_the_connection() -> None:
     one = Node(1)
-    one.core.peer_up(7, 0.0, dialled=False)
+    one.core.peer_up(7, 0.0, url=None)
     one.core.receive(7, wire.Have("main", Version(), True), 0.0)
     one.act()
 
@@ -282,7 +282,7 @@ def test_of_two_connections_between_a_pair_both_keep_the_same_one() -> None:
 
 def test_a_restarted_peer_replaces_the_connection_of_its_former_life() -> None:
     one, old, here, _ = pair()
-    new = Node(2, session=2)
+    new = Node(2, session=7)
     del old.links, one.links[here]
 
     fresh, _ = connect(one, new)
@@ -293,7 +293,7 @@ def test_a_restarted_peer_replaces_the_connection_of_its_former_life() -> None:
 
 def test_a_connection_to_oneself_ends() -> None:
     one = Node(1)
-    one.core.peer_up(7, 0.0, dialled=True)
+    one.core.peer_up(7, 0.0, url="memory://dialled")
     one.core.receive(7, one.core.hello, 0.0)
     one.act()
 
@@ -302,7 +302,7 @@ def test_a_connection_to_oneself_ends() -> None:
 
 
 def test_a_copied_store_is_noticed_by_both() -> None:
-    one, copy = Node(1), Node(1, session=2)
+    one, copy = Node(1), Node(1, session=7)
     connect(one, copy)
 
     exchange(one, copy)
@@ -313,7 +313,7 @@ def test_a_copied_store_is_noticed_by_both() -> None:
 
 def test_a_protocol_that_only_one_side_speaks_is_refused() -> None:
     one = Node(1)
-    one.core.peer_up(7, 0.0, dialled=True)
+    one.core.peer_up(7, 0.0, url="memory://dialled")
     one.core.receive(7, wire.Hello(8, 9, 2, 1, "agent-2"), 0.0)
     one.act()
 

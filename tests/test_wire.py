@@ -33,11 +33,17 @@ from crdtstate.wire import (
     Have,
     Heartbeat,
     Hello,
+    Members,
     Offer,
+    Record,
+    Roll,
     Want,
     decode_message,
+    decode_record,
     encode_frame,
     encode_message,
+    encode_record,
+    split_records,
     weigh,
 )
 
@@ -45,16 +51,19 @@ DIGEST = bytes(range(32))
 
 # Frames and their bytes. These never change: replicas of different ages must understand them.
 GOLDEN: list[tuple[Frame, str]] = [
-    (Hello(1, 1, 7, 0, "a"), "98 00 01 01 07 00 a161 00 c0"),
+    (Hello(1, 1, 7, 0, "a"), "9b 00 01 01 07 00 a161 00 c0 c2 c2 90"),
     (
-        Hello(1, 2, WRITER_MAX, 2**64 - 1, "planner", "relay", "ws://h:1/mesh"),
-        "98 00 01 02 cf001fffffffffffff cfffffffffffffffff a7706c616e6e6572 01"
-        "ad77733a2f2f683a312f6d657368",
+        Hello(1, 2, WRITER_MAX, 2**64 - 1, "planner", "relay", "ws://h:1/mesh", True, ("x*",)),
+        "9b 00 01 02 cf001fffffffffffff cfffffffffffffffff a7706c616e6e6572 01"
+        "ad77733a2f2f683a312f6d657368 c3 c3 91 a2782a",
     ),
     (Bye(ByeCode.SAME_WRITER, "copied store"), "93 02 05 ac636f706965642073746f7265"),
-    (Heartbeat(2**63), "94 03 cf8000000000000000 c2 90"),
-    (Heartbeat(0, (1, 2**40)), "94 03 00 c3 92 01 cf0000010000000000"),
-    (Heartbeat(0, ()), "94 03 00 c3 90"),
+    (Heartbeat(2**63), "99 03 cf8000000000000000 c2 90 03 00 00 c2 00"),
+    (Heartbeat(0, (1, 2**40)), "99 03 00 c3 92 01 cf0000010000000000 03 00 00 c2 00"),
+    (Heartbeat(0, (), 1, 2, 3, True, 4), "99 03 00 c3 90 01 02 03 c3 04"),
+    (Members((b"one", b"two")), "92 04 92 c4036f6e65 c40374776f"),
+    (Roll({9: 1, 5: 2}), "93 05 94 05 02 09 01 c2"),
+    (Roll({}, is_answer=True), "93 05 90 c3"),
     (Changes((b"one", b"")), "94 10 92 c4036f6e65 c400 c2 c2"),
     (Changes((), answer=True, more=True), "94 10 90 c3 c3"),
     (Have("plan", Version({9: 1, 5: 2})), "94 11 a4706c616e 94 05 02 09 01 c2"),
@@ -90,9 +99,22 @@ frames: st.SearchStrategy[Frame] = st.one_of(
         agent=names.filter(lambda name: len(name) <= 100),
         role=st.sampled_from(["agent", "relay"]),
         address=st.none() | names,
+        is_durable=st.booleans(),
+        documents=st.none() | st.lists(names, max_size=5).map(tuple),
     ),
     st.builds(Bye, st.integers(0, 2**16 - 1), st.text(st.characters(codec="utf-8"), max_size=500)),
-    st.builds(Heartbeat, uint64s, st.none() | st.lists(writers, max_size=16).map(tuple)),
+    st.builds(
+        Heartbeat,
+        uint64s,
+        st.none() | st.lists(writers, max_size=16).map(tuple),
+        st.integers(0, 3),
+        uint64s,
+        st.integers(0, 2**53),
+        st.booleans(),
+        uint64s,
+    ),
+    st.builds(Members, st.lists(st.binary(max_size=300), max_size=20).map(tuple)),
+    st.builds(Roll, st.dictionaries(writers, st.integers(0, 2**54), max_size=30), st.booleans()),
     st.builds(
         Changes,
         st.lists(st.binary(max_size=300), max_size=20).map(tuple),
@@ -125,6 +147,20 @@ def random_bytes(size: int) -> bytes:
     return random.Random(size).randbytes(size)
 
 
+records = st.builds(
+    Record,
+    writer=writers,
+    session=uint64s,
+    seq=st.integers(1, 2**53 - 1),
+    agent=names.filter(lambda name: len(name) <= 100),
+    role=st.sampled_from(["agent", "relay"]),
+    is_gone=st.booleans(),
+    is_durable=st.booleans(),
+    address=st.none() | names,
+    links=st.lists(writers, max_size=16).map(tuple),
+    lost=st.lists(st.tuples(writers, writers), max_size=20).map(tuple),
+)
+
 # What goes in comes out
 
 
@@ -132,6 +168,44 @@ def random_bytes(size: int) -> bytes:
 def test_the_bytes_of_a_frame_never_change(frame: Frame, expected: str) -> None:
     assert encode_frame(frame) == bytes.fromhex(expected)
     assert decode_message(encode_message([encode_frame(frame)])) == [frame]
+
+
+def test_the_bytes_of_a_record_never_change() -> None:
+    record = Record(9, 8, 7, "ann", "relay", True, True, "ws://h:1", (5, 6), ((3, 4),))
+
+    expected = "99 09 08 07 a3616e6e 01 03 a877733a2f2f683a31 92 05 06 92 03 04"
+    assert encode_record(record) == bytes.fromhex(expected)
+    assert record.order == 15
+
+
+@patient()
+@given(records)
+def test_a_record_comes_back_as_it_was(record: Record) -> None:
+    assert decode_record(encode_record(record)) == record
+
+
+@patient()
+@given(records, st.data())
+def test_whatever_is_done_to_a_record_it_is_read_or_refused(
+    record: Record, data: st.DataObject
+) -> None:
+    encoded = bytearray(encode_record(record))
+    encoded[data.draw(st.integers(0, len(encoded) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+
+    try:
+        decode_record(bytes(encoded[: data.draw(st.integers(0, len(encoded)))]))
+    except ProtocolError:
+        pass
+
+
+def test_many_records_go_in_several_frames() -> None:
+    record = encode_record(Record(1, 1, 1, "x" * 100))
+
+    frames = list(split_records([record] * 3000))
+
+    assert sum(len(frame.records) for frame in frames) == 3000
+    assert all(len(encode_frame(frame)) <= 65 * 1024 for frame in frames)
+    assert list(split_records([])) == []
 
 
 def test_the_bytes_of_a_message_never_change() -> None:
@@ -234,7 +308,7 @@ def test_unknown_frames_from_128_are_skipped() -> None:
     assert decode_message(message) == [Busy("d", 1)]
 
 
-@pytest.mark.parametrize("kind", [1, 4, 15, 19, 126])
+@pytest.mark.parametrize("kind", [1, 6, 15, 19, 126])
 def test_unknown_frames_below_128_are_refused(kind: int) -> None:
     with pytest.raises(ProtocolError, match=f"unknown frame type {kind}"):
         decode_message(message_of([kind, 1, 2, 3]))

@@ -38,7 +38,8 @@ REPORT_EVERY = 0.2
 PATIENCE = 60.0
 """Seconds in which a restarted agent has to catch up."""
 
-CONFIG = Config(reconnect_max=1.0)
+CONFIG = Config(reconnect_max=1.0, discover=False)
+"""All go through the relay: the network of those who are to be cut off leads there alone."""
 """Who is cut off tries to return every second, not every 30: the demo is a short one."""
 
 

@@ -318,6 +318,7 @@ class _Nasty(_History):
         options: dict[str, Any] = {
             "latency": rng.choice(((0.0005, 0.003), (0.01, 0.05), (0.01, 0.2))),
             "relays": rng.choice((0, 0, 0, 1, 2)),
+            "seeds": rng.choice((None, None, 1, 2)),
             "skew": rng.choice((0.0, 0.5, 100.0)),
             "durability": rng.choice(("process", "process", "power")),
             "config": _draw_config(rng),
@@ -494,6 +495,8 @@ def _draw_config(rng: random.Random) -> Config:
         link_timeout=pick((3.0, 5.0)),
         seal_delay=pick((0.001, 0.02)),
         have_delay=pick((0.03, 0.2, 0.4)),
+        mesh_max=pick((16, 16, 2, 4)),
+        active_links=pick((2, 3, 6)),
         want_delay=pick((0.05, 0.3)),
         want_retry=pick((0.2, 1.0)),
         want_retry_max=pick((2.0, 5.0)),

@@ -7,7 +7,7 @@ does the same to single messages and is harsher than any stream: what survives t
 Only the greeting always comes first.
 
 A *cut* between two hosts swallows what is sent in that direction. A stream keeps it, to be sent
-again when the cut heals, if the connection lasts so long. Those who dial never give up.
+again when the cut heals, if the connection lasts so long.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from crdtstate.simulation.schedule import Schedule
 if TYPE_CHECKING:
     from crdtstate.simulation.shell import SimulatedReplica
 
-FIRST_PAUSE = 0.1
+ATTEMPTS = (0.0, 1.0, 3.0)
+"""When a host that does not answer is asked again, in seconds after the first time; TCP does so."""
+
 FAREWELL = 1.0
 """How long a connection that is to end waits for what cannot be sent."""
 
@@ -54,8 +56,6 @@ class End:
         self.clogged_until = 0.0
         # Why it is to end, once the outbox is empty.
         self.ending: tuple[wire.ByeCode, str] | None = None
-        # Who the other side says to be.
-        self.writer: int | None = None
         # When the newest message arrives on the other side, and what a cut has swallowed.
         self.arrival = 0.0
         self.swallowed: list[bytes] = []
@@ -68,60 +68,11 @@ class End:
 
 
 class Connection:
-    """A connection between two replicas; *dialler* is told how it ended."""
+    """A connection between two replicas, made by the first, which dialled *url*."""
 
-    def __init__(self, dialler: Dialler, one: SimulatedReplica, two: SimulatedReplica) -> None:
-        self.dialler = dialler
+    def __init__(self, url: str, one: SimulatedReplica, two: SimulatedReplica) -> None:
+        self.url = url
         self.ends = (End(self, one, one.next_peer()), End(self, two, two.next_peer()))
-
-
-class Dialler:
-    """One host's attempts to be connected to another; they never end."""
-
-    def __init__(self, network: Network, host: int, target: int) -> None:
-        self.network = network
-        self.host = host
-        self.target = target
-        self._pause = 0.0
-        self._since = 0.0
-        self.is_connected = False
-
-    def start(self, replica: SimulatedReplica) -> None:
-        """Begin, for a process that just began."""
-        self._pause, self.is_connected = 0.0, False
-        self._retry(replica)
-
-    def _retry(self, replica: SimulatedReplica) -> None:
-        pause = self._pause * (0.5 + self.network.rng.random() / 2)
-        self._pause = min(max(self._pause * 1.7, FIRST_PAUSE), replica.config.reconnect_max)
-        delay = pause + self.network.latency(self.host, self.target)
-        self.network.schedule.call_later(delay, replica, self._dial, replica)
-
-    def _dial(self, replica: SimulatedReplica) -> None:
-        target = self.network.replica_at(self.target)
-        if target is None or self.network.is_cut(self.host, self.target):
-            self._retry(replica)
-            return
-        self._since, self.is_connected = self.network.schedule.now, True
-        self.network.connect(self, replica, target)
-
-    def ended(self, end: End) -> None:
-        """The connection is gone; *end* is the dialling side."""
-        self.is_connected = False
-        if end.ending and end.ending[0] is wire.ByeCode.DUPLICATE:
-            self._wait_while_connected(end)
-            return
-        if self.network.schedule.now - self._since > 5:
-            self._pause = 0.0
-        self._retry(end.replica)
-
-    def _wait_while_connected(self, end: End) -> None:
-        replica = end.replica
-        self._pause = FIRST_PAUSE
-        if end.writer == replica.writer or replica.is_connected_to(end.writer):
-            self.network.schedule.call_later(1.0, replica, self._wait_while_connected, end)
-        else:
-            self._retry(replica)
 
 
 class Network:
@@ -133,6 +84,7 @@ class Network:
         latency: Seconds from host to host, least and most; each pair has its own.
         datagrams: Accidents of single messages.
         replica_at: The living replica of a host, by index.
+        host_at: The host at an address.
         on_message: Told of every message: sender, frames, bytes, receiver.
     """
 
@@ -143,12 +95,14 @@ class Network:
         latency: tuple[float, float],
         datagrams: Datagrams,
         replica_at: Callable[[int], SimulatedReplica | None],
+        host_at: Callable[[str], int],
         on_message: Callable[[SimulatedReplica, list[wire.Frame], bytes, SimulatedReplica], None],
     ) -> None:
         self.schedule = schedule
         self.rng = rng
         self.datagrams = datagrams
         self.replica_at = replica_at
+        self.host_at = host_at
         self._latency = latency
         self._on_message = on_message
         self._latencies: dict[tuple[int, int], float] = {}
@@ -231,16 +185,35 @@ class Network:
 
     # Connecting
 
-    def connect(self, dialler: Dialler, one: SimulatedReplica, two: SimulatedReplica) -> None:
-        """Make a connection, dialled by *one*."""
-        connection = Connection(dialler, one, two)
+    def dial(self, replica: SimulatedReplica, url: str) -> None:
+        """Let a replica try to connect to an address."""
+        target = self.host_at(url)
+        delay = self.latency(replica.index, target)
+        self.schedule.call_later(delay, replica, self._dial, replica, url, target, 0)
+
+    def _dial(self, replica: SimulatedReplica, url: str, target: int, attempt: int) -> None:
+        there = self.replica_at(target)
+        if self.is_cut(replica.index, target):
+            if attempt + 1 < len(ATTEMPTS):
+                pause = ATTEMPTS[attempt + 1] - ATTEMPTS[attempt]
+                self.schedule.call_later(
+                    pause, replica, self._dial, replica, url, target, attempt + 1
+                )
+                return
+        elif there is not None:
+            self._connect(url, replica, there)
+            return
+        replica.dial_failed(url)
+
+    def _connect(self, url: str, one: SimulatedReplica, two: SimulatedReplica) -> None:
+        connection = Connection(url, one, two)
         self._connections.append(connection)
-        for end, dialled in zip(connection.ends, (True, False), strict=True):
+        for end, dialled in zip(connection.ends, (url, None), strict=True):
             self.schedule.call_at(self.schedule.now, end.replica, self._stand, end, dialled)
 
-    def _stand(self, end: End, dialled: bool) -> None:
+    def _stand(self, end: End, url: str | None) -> None:
         if end.is_open:
-            end.replica.connected(end, dialled)
+            end.replica.connected(end, url)
 
     def _fall(self, end: End, reason: str) -> None:
         """One side of a connection is gone."""
@@ -252,8 +225,6 @@ class Network:
         if replica.is_alive:
             why = end.ending[1] if end.ending else reason
             self.schedule.call_at(self.schedule.now, replica, replica.disconnected, end, why)
-            if end is connection.ends[0]:
-                self.schedule.call_at(self.schedule.now, replica, connection.dialler.ended, end)
         self.reset(end.other)
         self._tidy(connection)
 

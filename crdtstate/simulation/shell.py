@@ -23,7 +23,7 @@ from crdtstate.errors import ReplicaClosed
 from crdtstate.events import Event, IdentityRollback
 from crdtstate.identity import draw_writer, may_keep_writer
 from crdtstate.simulation.disk import Disk
-from crdtstate.simulation.network import Dialler, End, Network
+from crdtstate.simulation.network import End, Network
 from crdtstate.simulation.schedule import Schedule
 from crdtstate.stores import Entry, Saved
 
@@ -43,10 +43,12 @@ class Host:
     role: Literal["agent", "relay"]
     disk: Disk
     rng: random.Random
+    # Where it can be dialled, if it can, and whom it is told to dial.
+    address: str | None = None
     # How far its wall clock is ahead, in seconds.
     skew: float = 0.0
     replica: SimulatedReplica | None = None
-    diallers: list[Dialler] = field(default_factory=list)
+    seeds: list[str] = field(default_factory=list)
 
 
 class SimulatedReplica(DocumentSet):
@@ -110,7 +112,8 @@ class SimulatedReplica(DocumentSet):
         for item in disk.load():
             self._load(item)
         now = self._schedule.now
-        self.core = sync.Sync(self, self._hello(), self.config, self.rng, now)
+        seeds = self.host.seeds
+        self.core = sync.Sync(self, self._hello(), self.config, self.rng, now, seeds)
         self.core.former.update(session.writers - {self._writer})
         for name, version in self.versions():
             self._base[name] = version.get(self._writer, 0)
@@ -118,8 +121,6 @@ class SimulatedReplica(DocumentSet):
             self._clock.observe(self._documents[name].stamp, 2**47)
         disk.start(self.agent, self._writer, self._wake)
         self._oracle.started(self)
-        for dialler in self.host.diallers:
-            dialler.start(self)
         self._wake()
 
     def _load(self, item: Saved | Entry, only: Document | None = None) -> None:
@@ -138,7 +139,16 @@ class SimulatedReplica(DocumentSet):
 
     def _hello(self) -> wire.Hello:
         low, high = wire.PROTOCOL_MIN, wire.PROTOCOL_MAX
-        return wire.Hello(low, high, self._writer, self._session, self.agent, self.host.role)
+        return wire.Hello(
+            low,
+            high,
+            self._writer,
+            self._session,
+            self.agent,
+            self.host.role,
+            self.host.address,
+            is_durable=True,
+        )
 
     def _check_usable(self) -> None:
         if not self.is_alive:
@@ -162,10 +172,6 @@ class SimulatedReplica(DocumentSet):
     def disk(self) -> Disk:
         """The disk it writes to."""
         return self._disk
-
-    def is_connected_to(self, writer: int | None) -> bool:
-        """Whether there is a connection to that writer."""
-        return any(end.writer == writer for end in self._links.values())
 
     def busy_with(self) -> list[str]:
         """What waits here: to be sealed, committed, tidied or adopted."""
@@ -237,6 +243,8 @@ class SimulatedReplica(DocumentSet):
                 case sync.Fetch(peer, name, ranges):
                     limit = int(self.config.answer_bytes)
                     self.core.fetched(peer, *self._disk.read(name, ranges, limit))
+                case sync.Dial(url):
+                    self._network.dial(self, url)
                 case sync.HangUp(peer, code, reason):
                     self._hang_up(peer, code, reason)
                 case sync.Emit(event):
@@ -336,10 +344,15 @@ class SimulatedReplica(DocumentSet):
         self._peers += 1
         return self._peers
 
-    def connected(self, end: End, dialled: bool) -> None:
-        """A connection stands."""
+    def connected(self, end: End, url: str | None) -> None:
+        """A connection stands, made by dialling *url* if that is given."""
         self._links[end.peer] = end
-        self.core.peer_up(end.peer, self._schedule.now, dialled=dialled)
+        self.core.peer_up(end.peer, self._schedule.now, url=url)
+        self.pump()
+
+    def dial_failed(self, url: str) -> None:
+        """Nobody answered."""
+        self.core.dial_failed(url, self._schedule.now)
         self.pump()
 
     def disconnected(self, end: End, reason: str) -> None:
@@ -351,8 +364,6 @@ class SimulatedReplica(DocumentSet):
     def receive(self, end: End, frames: list[wire.Frame]) -> None:
         """A message arrived."""
         for frame in frames:
-            if isinstance(frame, wire.Hello):
-                end.writer = frame.writer
             self.core.receive(end.peer, frame, self._schedule.now)
         self.pump()
 
@@ -385,9 +396,8 @@ class SimulatedReplica(DocumentSet):
     def close(self) -> None:
         """Save, say goodbye and stop."""
         self.pump()
-        for peer, end in self._links.items():
-            self._enqueue(peer, wire.encode_frame(wire.Bye(wire.ByeCode.SHUTDOWN, "closing")))
-            self._network.flush(end)
+        self.core.leave(self._schedule.now)
+        self.pump()
         self._disk.close()
         self.stop()
 

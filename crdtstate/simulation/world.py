@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Collection, Iterator
+from itertools import combinations
 from struct import pack
 from typing import Any, Literal
 
@@ -21,13 +22,16 @@ from crdtstate.errors import UsageError
 from crdtstate.events import Event
 from crdtstate.simulation.diagram import Diagram, Moment, describe
 from crdtstate.simulation.disk import Disk, Durability, Image
-from crdtstate.simulation.network import Datagrams, Dialler, Network
+from crdtstate.simulation.network import Datagrams, Network
 from crdtstate.simulation.oracle import Oracle
 from crdtstate.simulation.schedule import Schedule
 from crdtstate.simulation.shell import Host, SimulatedReplica
 
 MUTUAL = 0.3
 """How many of the pairs in a mesh dial each other both; one of their connections stays."""
+
+ALL_SEEDS = 1000
+FEW_SEEDS = 3
 
 STEP = 0.1
 """Seconds between two looks whether what is waited for has come."""
@@ -47,8 +51,10 @@ class Simulation:
         duplication: How many of the messages arrive twice.
         reordering: How many of the messages are overtaken.
         skew: Wall clocks are wrong by at most so many seconds.
-        relays: 0 connects all agents with each other; more connects them through so many relays
-            ("relay-0", ...), which are connected with each other.
+        relays: 0 lets all agents be dialled by all others; with more, they cannot be dialled and
+            meet through so many relays ("relay-0", ...).
+        seeds: How many of the others each is told of at the beginning; the rest it hears of from
+            them. None: all, in a small mesh.
         config: Settings of all replicas.
         durability: As of `Replica`.
     """
@@ -64,6 +70,7 @@ class Simulation:
         reordering: float = 0.0,
         skew: float = 0.0,
         relays: int = 0,
+        seeds: int | None = None,
         config: Config | None = None,
         durability: Literal["process", "power"] = "process",
     ) -> None:
@@ -88,16 +95,15 @@ class Simulation:
             latency,
             Datagrams(loss, duplication, reordering),
             self._replica_at,
+            self._host_at,
             self._on_message,
         )
         self._hosts = list(self._make_hosts(agents, relays, skew, durability))
         self._by_name = {host.name: host for host in self._hosts}
         self.oracle.hosts = len(self._hosts)
-        self._edges = sorted(self._plan_edges(agents, relays))
-        for one, two in self._edges:
-            self._hosts[one].diallers.append(Dialler(self._network, one, two))
-            if self._rng.random() < MUTUAL and not relays:
-                self._hosts[two].diallers.append(Dialler(self._network, two, one))
+        self._relays = relays
+        for host in self._hosts:
+            host.seeds = sorted(f"memory://{name}" for name in self._draw_seeds(host, seeds))
         for host in self._hosts:
             self._start(host)
 
@@ -115,20 +121,33 @@ class Simulation:
                 "agent" if is_agent else "relay",
                 disk,
                 rng,
+                f"memory://{name}" if not is_agent or not relays else None,
                 rng.uniform(-skew, skew),
             )
 
-    def _plan_edges(self, agents: int, relays: int) -> Iterator[tuple[int, int]]:
-        """Who dials whom."""
-        meshed = range(agents, agents + relays) if relays else range(agents)
-        for one in meshed:
-            for two in meshed:
-                if one < two:
-                    yield one, two
-        if relays:
-            for agent in range(agents):
-                for turn in range(min(relays, 2)):
-                    yield agent, agents + (agent + turn) % relays
+    def _draw_seeds(self, host: Host, most: int | None) -> list[str]:
+        """Whom a host is told of: so that nobody is left out, always some of those before it."""
+        if most is None:
+            most = ALL_SEEDS if len(self._hosts) <= self.config.mesh_max else FEW_SEEDS
+        others = [other for other in self._hosts if other.address and other is not host]
+        before = [other.name for other in others if other.index < host.index]
+        after = [other.name for other in others if other.index > host.index]
+        if host.role == "agent" and self._relays:
+            return self._rng.sample(after, min(len(after), max(most, 1), 2))
+        return [
+            *self._rng.sample(before, min(len(before), max(most, 1))),
+            *(name for name in after if most == ALL_SEEDS and self._rng.random() < MUTUAL),
+        ]
+
+    def _may_meet(self, one: Host, two: Host) -> bool:
+        """Whether one of two hosts can dial the other."""
+        return one.address is not None or two.address is not None
+
+    def _pairs(self) -> Iterator[tuple[Host, Host]]:
+        """The pairs of hosts that may be connected."""
+        for one, two in combinations(self._hosts, 2):
+            if self._may_meet(one, two):
+                yield one, two
 
     # Looking
 
@@ -161,6 +180,9 @@ class Simulation:
 
     def _replica_at(self, index: int) -> SimulatedReplica | None:
         return self._hosts[index].replica
+
+    def _host_at(self, url: str) -> int:
+        return self._by_name[url.removeprefix("memory://")].index
 
     @property
     def replicas(self) -> list[SimulatedReplica]:
@@ -251,8 +273,11 @@ class Simulation:
 
     def _groups(self) -> list[list[SimulatedReplica]]:
         """The living replicas, by who can reach whom."""
+        if not self._network.cuts():
+            return [self.replicas]
         groups: dict[int, set[int]] = {r.index: {r.index} for r in self.replicas}
-        for one, two in self._edges:
+        for first, second in self._pairs():
+            one, two = first.index, second.index
             is_cut = self._network.is_cut(one, two)
             if one in groups and two in groups and not is_cut and groups[one] is not groups[two]:
                 groups[one] |= groups[two]
@@ -297,10 +322,9 @@ class Simulation:
         place = {name: number for number, group in enumerate(groups, 1) for name in group}
         for name in place:
             self._host(name)
-        for one, two in self._edges:
-            names = self._hosts[one].name, self._hosts[two].name
-            if place.get(names[0], 0) != place.get(names[1], 0):
-                self.cut(*names, silently=silently)
+        for one, two in self._pairs():
+            if place.get(one.name, 0) != place.get(two.name, 0):
+                self.cut(one.name, two.name, silently=silently)
         self._note("partitioned", " | ".join(", ".join(sorted(group)) for group in groups))
 
     def cut(self, one: str, two: str, *, silently: bool | None = None, both: bool = True) -> None:

@@ -1,0 +1,87 @@
+"""
+A connection, and what the core knows of whoever is on the other side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from crdtstate import wire
+from crdtstate.clock import Version
+
+
+@dataclass(slots=True, eq=False)
+class Link:
+    """One connection of this replica. *peer* is its number, *url* what was dialled."""
+
+    peer: int
+    url: str | None
+    since: float
+    # When something came the last time.
+    heard: float
+    hello: wire.Hello | None = None
+    # It has told us all it has; before, it might know more of our writer than we do.
+    is_greeted: bool = False
+    is_congested: bool = False
+    is_closing: bool = False
+    # The peer ended it in order, and why.
+    bye: wire.ByeCode | None = None
+    # Document -> what it has committed, by its HAVEs.
+    acked: dict[str, Version] = field(default_factory=dict)
+    # Document -> what it has at least in memory.
+    known: dict[str, Version] = field(default_factory=dict)
+    # Document -> writers whose committed seq it has not been told.
+    dirty: dict[str, set[int]] = field(default_factory=dict)
+    neighbours: frozenset[int] = frozenset()
+    told_neighbours: tuple[int, ...] | None = None
+    # The newest fingerprint that was the same on both sides.
+    agreed: int | None = None
+    # Heartbeats in a row on which it had the same versions as before, and others than we.
+    mismatches: int = 0
+    # The same for records of members.
+    members_mismatches: int = 0
+    # Its fingerprints of versions and of members in its newest heartbeat, and ours then.
+    told: tuple[int, int, int, int] | None = None
+    strikes: int = 0
+
+    @property
+    def dialled(self) -> bool:
+        """Whether this side dialled."""
+        return self.url is not None
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the other side is known and nobody has hung up."""
+        return self.hello is not None and not self.is_closing
+
+    @property
+    def agent(self) -> str:
+        return self.hello.agent if self.hello else f"connection {self.peer}"
+
+    @property
+    def writer(self) -> int | None:
+        return self.hello.writer if self.hello else None
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether nobody can dial the other side: it has no other links than those it dialled."""
+        return self.hello is not None and self.hello.address is None
+
+    def takes(self, document: str) -> bool:
+        """Whether the other side takes part in a document."""
+        return self.hello is None or takes(self.hello.documents, document)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the other side takes part in some documents only: it passes nothing on."""
+        return self.hello is not None and self.hello.documents is not None
+
+
+def takes(patterns: tuple[str, ...] | None, document: str) -> bool:
+    """Whether *document* is among those that *patterns* name; None names all."""
+    if patterns is None:
+        return True
+    return any(
+        document.startswith(pattern[:-1]) if pattern.endswith("*") else document == pattern
+        for pattern in patterns
+    )
