@@ -10,13 +10,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ipaddress
+import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 from urllib.parse import urlsplit
 
 from crdtstate import __version__
-from crdtstate.errors import CRDTStateError
-from crdtstate.relay.server import DEFAULT_LISTEN, announce_as_json, announce_as_text, serve
+from crdtstate.errors import CRDTStateError, UsageError
+from crdtstate.relay import settings
+from crdtstate.relay.server import announce_as_json, announce_as_text, serve
+from crdtstate.relay.settings import DEFAULT_LISTEN, Settings, is_url
 
 EXTRA = {"typer", "rich"}
 HINT = "the command line needs more packages: pip install 'crdtstate[cli]'"
@@ -38,19 +43,20 @@ def _bare(arguments: list[str]) -> int:
     if not arguments or not arguments[0].startswith(("relay", "-")):
         print(f"crdtstate: {HINT}", file=sys.stderr)
         return 2
-    options = _parser().parse_args(arguments)
+    options = vars(_parser().parse_args(arguments))
+    path, only_check = options.pop("config"), options.pop("check_config")
+    flags = {
+        key: value for key, value in options.items() if value is not None and value is not False
+    }
     try:
-        asyncio.run(
-            serve(
-                announcing(options.json, options.store),
-                listen=options.listen,
-                store=options.store,
-                peers=options.peer,
-                durability=options.durability,
-                name=options.name,
-                attached=options.attached,
-            )
-        )
+        found = gather(flags, path, only_check=only_check)
+    except UsageError as exc:
+        print(f"crdtstate: {exc}", file=sys.stderr)
+        return 2
+    if found is None:
+        return 0
+    try:
+        asyncio.run(serve(found, announcing(found)))
     except (CRDTStateError, OSError) as exc:
         print(f"crdtstate: {exc}", file=sys.stderr)
         return 1
@@ -59,7 +65,21 @@ def _bare(arguments: list[str]) -> int:
     return 0
 
 
-def announcing(as_json: bool, store: object) -> Callable[[str], None]:
+def gather(flags: Mapping[str, Any], path: str | None, *, only_check: bool) -> Settings | None:
+    """Return the settings of a relay; or print them, and return None.
+
+    Raises:
+        UsageError: Something in them cannot be.
+    """
+    found = settings.load(flags, os.environ, path)
+    found.tls_context()
+    if not only_check:
+        return found
+    print(json.dumps(found.as_json()) if found.json else found.as_toml(), end="\n" * found.json)
+    return None
+
+
+def announcing(found: Settings) -> Callable[[str], None]:
     """Return what announces a relay's address, and what to know about running it like this."""
 
     def announce(address: str) -> None:
@@ -68,10 +88,10 @@ def announcing(as_json: bool, store: object) -> Callable[[str], None]:
                 f"crdtstate: warning: who can reach {address} can read and write everything",
                 file=sys.stderr,
             )
-        if as_json:
+        if found.json:
             announce_as_json(address)
             return
-        if store is None:
+        if found.store is None:
             print("crdtstate: everything is kept in memory only; see --store", file=sys.stderr)
         announce_as_text(address)
 
@@ -81,15 +101,6 @@ def announcing(as_json: bool, store: object) -> Callable[[str], None]:
 def _is_loopback(address: str) -> bool:
     try:
         return ipaddress.ip_address(urlsplit(address).hostname or "").is_loopback
-    except ValueError:
-        return False
-
-
-def is_url(text: str) -> bool:
-    """Whether *text* is a URL of a relay or agent."""
-    try:
-        parts = urlsplit(text)
-        return parts.scheme in ("ws", "wss") and bool(parts.hostname and (parts.port or 1))
     except ValueError:
         return False
 
@@ -107,26 +118,20 @@ def _parser() -> argparse.ArgumentParser:
         "relay", help="run a relay", description="Run a relay until SIGTERM or Ctrl-C."
     )
     add = relay.add_argument
-    add(
-        "--listen",
-        type=_url,
-        default=DEFAULT_LISTEN,
-        metavar="URL",
-        help="default: %(default)s; port 0: any",
-    )
-    add("--store", metavar="FILE", help="the SQLite file that keeps everything; default: memory")
-    add(
-        "--peer",
-        type=_url,
-        action="append",
-        default=[],
-        metavar="URL",
-        help="another relay; repeatable",
-    )
-    add("--durability", choices=["process", "power"], default="process")
-    add("--name", default="relay", help="what peers see; default: %(default)s")
+    url: dict[str, Any] = {"type": _url, "metavar": "URL"}
+    file: dict[str, Any] = {"metavar": "FILE"}
+    add("--listen", **url, help=f"default: {DEFAULT_LISTEN}; port 0: any")
+    add("--store", **file, help="the SQLite file that keeps everything; default: memory")
+    add("--peer", **url, dest="peers", action="append", help="another relay; repeatable")
+    add("--durability", choices=["process", "power"], help="default: process")
+    add("--name", help="what peers see; default: relay")
+    add("--tls-certificate", **file, help="PEM, for wss://")
+    add("--tls-key", **file, help="its private key, if that is in another file")
+    add("--drain", type=float, metavar="SECONDS", help="how long stopping may wait; default: 5")
     add("--attached", action="store_true", help="stop when standard input ends")
     add("--json", action="store_true", help="announce the address as JSON")
+    add("--config", **file, help="settings, in TOML; flags and CRDTSTATE_RELAY_... go first")
+    add("--check-config", action="store_true", help="print all settings, and do no more")
     return parser
 
 

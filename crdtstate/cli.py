@@ -37,13 +37,13 @@ from rich.console import Console
 from rich.progress import track
 
 from crdtstate import __version__, relay
-from crdtstate.__main__ import announcing, is_url
+from crdtstate.__main__ import announcing, gather
 from crdtstate.conflict import known_strategies, lww, strategy
 from crdtstate.crdts import Map, Register
 from crdtstate.documents import DocumentSet
-from crdtstate.errors import CRDTStateError, TransportError, WaitTimeout
+from crdtstate.errors import CRDTStateError, TransportError, UsageError, WaitTimeout
 from crdtstate.events import Changed, PeerConnected, PeerDisconnected
-from crdtstate.relay.server import DEFAULT_LISTEN
+from crdtstate.relay.settings import DEFAULT_LISTEN, is_url
 from crdtstate.replica import Replica
 from crdtstate.stores.file import read_documents, reading
 from crdtstate.stores.file import verify as verify_store
@@ -594,45 +594,80 @@ class Durability(StrEnum):
 @app.command("relay", rich_help_panel="Run")
 def run_relay(
     listen: Annotated[
-        str, typer.Option(metavar="URL", help="Where to listen; port 0 takes any free one.")
-    ] = DEFAULT_LISTEN,
-    store: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The SQLite file that keeps everything.")
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help=f"Where to listen; port 0 takes any free one. [default: {DEFAULT_LISTEN}]",
+        ),
     ] = None,
-    peer: Annotated[
-        list[str] | None, typer.Option(metavar="URL", help="Another relay; repeatable.")
+    store: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The SQLite file that keeps everything.")
+    ] = None,
+    peers: Annotated[
+        list[str] | None,
+        typer.Option("--peer", metavar="URL", help="Another relay; repeatable."),
     ] = None,
     durability: Annotated[
-        Durability, typer.Option(help="What a commit survives: a kill, or a power cut as well.")
-    ] = Durability.process,
-    name: Annotated[str, typer.Option(metavar="NAME", help="What peers see.")] = "relay",
+        Durability | None,
+        typer.Option(help="What a commit survives: a kill, or a power cut as well."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="What peers see.")] = None,
+    tls_certificate: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The certificate in PEM, for wss://.")
+    ] = None,
+    tls_key: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Its key, if that is in another file.")
+    ] = None,
+    drain: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="How long stopping may wait for peers to catch up."),
+    ] = None,
     attached: Annotated[
         bool, typer.Option("--attached", help="Stop when standard input ends.")
     ] = False,
     as_json: AsJson = False,
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Settings in TOML, as in examples/.")
+    ] = None,
+    check_config: Annotated[
+        bool, typer.Option("--check-config", help="Print all settings, and do no more.")
+    ] = False,
 ) -> None:
     """Run a relay, for agents that cannot reach each other.
 
-    Ctrl-C or SIGTERM ends it in order. The mesh is on /mesh; /healthz,
-    /status and /digest answer plain HTTP. Who can reach the port can read
-    and write everything: keep it on the loopback interface, or on a network
-    that you trust.
+    Ctrl-C or SIGTERM ends it in order, a second one at once. The mesh is on
+    /mesh, a page for people on /; /healthz, /metrics, /status and /digest
+    answer plain HTTP. Who can reach the port can read and write everything:
+    keep it on the loopback interface, or on a network that you trust.
+
+    Each setting can also come from the file, by the name of its flag, or from
+    the environment, as CRDTSTATE_RELAY_LISTEN. A flag goes before that, and
+    that before the file.
 
     Example: [cyan]crdtstate relay --listen ws://127.0.0.1:8765 --store relay.db[/cyan]
     """
-    for url in [listen, *(peer or [])]:
+    for url in [*([listen] if listen is not None else []), *(peers or [])]:
         _check_url(url)
-    _run(
-        relay.serve(
-            announcing(as_json, store),
-            listen=listen,
-            store=store,
-            peers=peer or [],
-            durability=durability.value,
-            name=name,
-            attached=attached,
-        )
-    )
+    flags = {
+        "listen": listen,
+        "store": store,
+        "peers": tuple(peers) if peers else None,
+        "durability": durability and durability.value,
+        "name": name,
+        "tls_certificate": tls_certificate,
+        "tls_key": tls_key,
+        "drain": drain,
+        "attached": attached or None,
+        "json": as_json or None,
+    }
+    given = {key: value for key, value in flags.items() if value is not None}
+    try:
+        found = gather(given, config, only_check=check_config)
+    except UsageError as exc:
+        _note(str(exc))
+        raise typer.Exit(2) from None
+    if found is not None:
+        _run(relay.serve(found, announcing(found)))
 
 
 @app.command(rich_help_panel="Run")

@@ -49,6 +49,7 @@ from crdtstate.slots import (
     Slot,
     check_content,
     is_settled,
+    live_slots,
 )
 
 SEGMENT_SLOTS = 700
@@ -643,6 +644,15 @@ class Lanes:
         """The whole document as one update, proportional to its live content."""
         update: bytes = self._doc.get_update()
         return update
+
+    def live_bytes(self) -> int:
+        """What the live slots would take, each written down once with its path. Walks them all."""
+        return sum(
+            len(name.encode()) + len(SEPARATOR) + len(key.encode()) + len(slot.encode())
+            for name, container in self.containers.items()
+            for key, cell in container.cells.items()
+            for _, slot in live_slots(cell)
+        )
 
     def load(self, state: bytes, version: Version) -> None:
         """Take *state*, the document at *version* from anybody, in place of what is here.

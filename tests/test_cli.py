@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import os
 import pty
 import shlex
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import time
+import tomllib
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime
@@ -23,6 +28,7 @@ from test_relay import BARE
 from crdtstate import __version__, blocking, cli, strategy
 from crdtstate.change import Origin, encode_change
 from crdtstate.clock import Dot
+from crdtstate.relay.settings import KEYS, Settings
 from crdtstate.stores import Entry
 from crdtstate.stores.journal import Journal
 
@@ -407,6 +413,208 @@ def test_help_is_for_people(run):
         assert f"Example: crdtstate {command} " in result.out
         assert "--json" in result.out
     assert run("--version") == (0, f"crdtstate {__version__}\n", "")
+
+
+# The settings of a relay
+
+CERTIFICATE = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
+SAN = "subjectAltName=DNS:localhost,IP:127.0.0.1"
+
+
+def test_a_flag_goes_before_a_variable_and_that_before_the_file(run, tmp_path, monkeypatch):
+    file = tmp_path / "relay.toml"
+    file.write_text(
+        'name = "filed"\ndurability = "power"\ndrain = 1.5\npeers = ["ws://10.0.0.5:1"]\n'
+        "[config]\nheartbeat = 2\noutbox_bytes = 4096\n"
+    )
+    monkeypatch.setenv("CRDTSTATE_RELAY_NAME", "varied")
+    monkeypatch.setenv("CRDTSTATE_RELAY_DRAIN", "2")
+    monkeypatch.setenv("CRDTSTATE_RELAY_CONFIG_HEARTBEAT", "3")
+    monkeypatch.setenv("CRDTSTATE_RELAY_STORE", "")
+
+    code, out, err = run(f"relay --config {file} --drain 0 --check-config")
+
+    assert (code, err) == (0, "")
+    found = tomllib.loads(out)
+    assert found["listen"] == "ws://127.0.0.1:8765" and "store" not in found
+    assert (found["name"], found["durability"], found["drain"]) == ("varied", "power", 0)
+    assert found["peers"] == ["ws://10.0.0.5:1"]
+    assert (found["config"]["heartbeat"], found["config"]["outbox_bytes"]) == (3, 4096)
+    assert found["config"]["link_timeout"] == 10
+    for line in (
+        "drain = 0.0  # --drain",
+        'name = "varied"  # CRDTSTATE_RELAY_NAME',
+        f'durability = "power"  # {file}',
+        "# store is not set",
+        "heartbeat = 3  # CRDTSTATE_RELAY_CONFIG_HEARTBEAT",
+        "link_timeout = 10.0  # default",
+    ):
+        assert line in lines(out)
+
+    again = tmp_path / "again.toml"
+    again.write_text(out)
+    monkeypatch.setenv("CRDTSTATE_RELAY_CONFIG", str(again))
+    told = json.loads(run("relay --check-config --json").out)
+    assert told["sources"]["durability"] == str(again) and told["json"] is True
+    assert {**told["config"]} == found["config"]
+
+
+def test_each_setting_can_come_from_everywhere(run, tmp_path, monkeypatch):
+    texts = {
+        "listen": ("ws://127.0.0.1:0", "ws://127.0.0.1:0"),
+        "store": ("a.db", "a.db"),
+        "peers": (["ws://a:1", "ws://b:1"], "ws://a:1, ws://b:1"),
+        "durability": ("power", "power"),
+        "name": ("n", "n"),
+        "drain": (0.5, "0.5"),
+        "attached": (True, "true"),
+        "json": (True, "1"),
+    }
+    assert {*texts, "tls-certificate", "tls-key"} == {key.replace("_", "-") for key in KEYS}
+    file = tmp_path / "relay.toml"
+    file.write_text("".join(f"{key} = {json.dumps(v)}\n" for key, (v, _) in texts.items()))
+
+    filed = json.loads(run(f"relay --check-config --config {file}").out)
+    for key, (_, text) in texts.items():
+        monkeypatch.setenv(f"CRDTSTATE_RELAY_{key.upper()}", text)
+    varied = json.loads(run("relay --check-config").out)
+
+    for found in (filed, varied):
+        assert {key: found[key] for key in texts} == {key: v for key, (v, _) in texts.items()}
+    assert set(filed["sources"].values()) == {str(file)}
+    assert {source.partition("RELAY")[0] for source in varied["sources"].values()} == {"CRDTSTATE_"}
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ("sore = 'x'", "unknown key 'sore'; there are attached, drain, durability, "),
+        ("[config]\nheart = 1", "unknown key 'heart' in [config]; there are "),
+        ("[relay]", "unknown key 'relay'"),
+        ("config = 3", "config is a table: write [config]"),
+        ("listen =", "not valid TOML: "),
+        ("listen = 8765", "listen must be a string, not 8765"),
+        ("listen = '8765'", "listen must be a URL like ws://127.0.0.1:8765, not '8765'"),
+        ("peers = 'ws://a:1'", "peers must be a list of strings, not 'ws://a:1'"),
+        ("peers = ['ws://a:1', 'b']", "peers must be a URL like ws://127.0.0.1:8765, not 'b'"),
+        ("durability = 'hope'", 'durability must be "process" or "power", not \'hope\''),
+        ("drain = '5'", "drain must be a number, not '5'"),
+        ("drain = nan", "drain must be a number from 0 to 600, not nan"),
+        ("drain = true", "drain must be a number, not True"),
+        ("attached = 1", "attached must be true or false, not 1"),
+        ("name = ''", "name must be 1 to 100 printable characters, not ''"),
+        ("store = '/tmp'", "store must be the path of a file, not '/tmp'"),
+        ("[config]\nlog_bytes = 1.5", "config.log_bytes must be a whole number, not 1.5"),
+        ("[config]\nlog_bytes = '1'", "config.log_bytes must be a whole number, not '1'"),
+        ("[config]\nheartbeat = -1", "config.heartbeat: Config.heartbeat must be a number above 0"),
+        ("tls-key = 'k'", "tls-key needs tls-certificate as well"),
+        ("tls-certificate = 'c'", "tls-certificate: only wss:// takes it, not ws://127.0.0.1:8765"),
+        ("listen = 'wss://a:1'", "listen: wss:// needs tls-certificate and tls-key"),
+        (
+            "listen = 'wss://a:1'\ntls-certificate = 'absent'",
+            "tls-certificate 'absent': No such file or directory",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_named_on_one_line(run, tmp_path, content, error):
+    file = tmp_path / "relay.toml"
+    file.write_text(content + "\n")
+
+    code, out, err = run(f"relay --config {file}")
+
+    assert (code, out) == (2, "")
+    assert err.startswith("crdtstate: ") and err.count("\n") == 1
+    assert error in err and str(file) in err
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "error"),
+    [
+        ("SORE", "x", "unknown variable CRDTSTATE_RELAY_SORE; there are CRDTSTATE_RELAY_LISTEN, "),
+        ("DRAIN", "soon", "CRDTSTATE_RELAY_DRAIN must be a number, not 'soon'"),
+        ("ATTACHED", "maybe", "CRDTSTATE_RELAY_ATTACHED must be true or false, not 'maybe'"),
+        ("CONFIG_LOG_BYTES", "1.5", "CRDTSTATE_RELAY_CONFIG_LOG_BYTES must be a whole number"),
+        ("CONFIG_HEARTBEAT", "9", "CRDTSTATE_RELAY_CONFIG_HEARTBEAT: Config.link_timeout must be"),
+        ("CONFIG", "absent.toml", "absent.toml: No such file or directory"),
+    ],
+)
+def test_so_is_a_wrong_variable(run, monkeypatch, variable, value, error):
+    monkeypatch.setenv(f"CRDTSTATE_RELAY_{variable}", value)
+
+    code, out, err = run("relay")
+
+    assert (code, out) == (2, "")
+    assert err.startswith(f"crdtstate: {error}") and err.count("\n") == 1
+
+
+def test_without_the_extra_settings_are_the_same(tmp_path):
+    file = tmp_path / "relay.toml"
+    file.write_text('name = "filed"\n')
+    told = []
+    for bare in (False, True):
+        flags = ("--config", str(file), "--drain", "0", "--peer", "ws://a:1", "--check-config")
+        with start("relay", *flags, bare=bare) as process:
+            told.append(process.communicate(timeout=20))
+
+    assert told[0] == told[1]
+    assert 'name = "filed"' in told[0][0] and "drain = 0.0  # --drain" in told[0][0]
+
+    file.write_text("sore = 1\n")
+    with start("relay", "--config", str(file), bare=True) as process:
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (2, "")
+    assert err.startswith(f"crdtstate: {file}: unknown key 'sore'; ") and err.count("\n") == 1
+
+
+def test_a_relay_can_show_a_certificate(tmp_path):
+    certificate, key = tmp_path / "relay.crt", tmp_path / "relay.key"
+    command = [*CERTIFICATE.split(), "-addext", SAN, "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    flags = ("--tls-certificate", str(certificate), "--tls-key", str(key))
+    trust = ssl.create_default_context(cafile=certificate)
+
+    with start("relay", "--listen", "wss://127.0.0.1:0", "--json", *flags) as process:
+        assert process.stdout is not None
+        address = json.loads(process.stdout.readline())["address"]
+        assert address.startswith("wss://127.0.0.1:")
+        url = address.replace("wss", "https") + "/healthz"
+        with urllib.request.urlopen(url, context=trust, timeout=20) as answer:
+            assert json.load(answer)["ready"]
+        process.terminate()
+        assert process.communicate(timeout=20)[1] == "" and process.returncode == 0
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_the_example_of_a_file_can_be_used(run):
+    found = json.loads(run(f"relay --config {EXAMPLES / 'relay.toml'} --check-config --json").out)
+
+    assert (found["store"], found["name"], found["drain"]) == ("relay.db", "relay-1", 5)
+
+
+def test_the_unit_for_systemd_starts_what_there_is(run, tmp_path):
+    unit = EXAMPLES / "crdtstate-relay.service"
+    found = configparser.ConfigParser(strict=False, interpolation=None)
+    found.optionxform = str  # type: ignore[assignment]
+    found.read(unit)
+    service = found["Service"]
+    program, command, *flags = shlex.split(service["ExecStart"])
+    known = run("relay --help").out
+
+    assert (Path(program).name, command) == ("crdtstate", "relay")
+    assert flags and all(flag in known for flag in flags if flag.startswith("--"))
+    assert Path(flags[flags.index("--config") + 1]).name == "relay.toml"
+    assert (service["Type"], service["Restart"]) == ("notify", "on-failure")
+    assert int(service["TimeoutStopSec"]) > Settings().drain + 5 < int(service["WatchdogSec"])
+
+    if analyze := shutil.which("systemd-analyze"):
+        # It looks for the program, which is not installed here.
+        text = unit.read_text().replace(program, sys.executable)
+        checked = tmp_path / unit.name
+        checked.write_text(text)
+        result = subprocess.run([analyze, "verify", str(checked)], capture_output=True, text=True)
+        assert (result.returncode, result.stdout + result.stderr) == (0, "")
 
 
 def test_simulate_reports_its_campaign(run):

@@ -426,3 +426,26 @@ def test_a_joined_document_goes_on_writing_where_it_was() -> None:
 
     assert contents(one) == contents(two)
     assert two.map("plan")["k1"] == "again"
+
+
+def test_its_sizes_are_those_of_what_lives_and_of_what_is_encoded() -> None:
+    agent = Agent(1)
+    plan = agent.document("plan")
+    assert plan.sizes()[1] == 0
+    plan.map("plan")["goal"] = "x" * 1000
+    agent.sealed()
+    encoded, live = plan.sizes()
+    assert 1000 < live < 1050 < encoded < 1150
+
+    for _ in range(1000):
+        plan.map("plan")["goal"] = "y" * 1000
+        agent.sealed()
+    assert plan.sizes()[1] == live + 2
+    del plan.map("plan")["goal"]
+    agent.sealed()
+
+    assert plan.sizes()[1] == 0
+    notes = agent.document("notes", shared=True)
+    notes.text("body").insert(0, "z" * 1000)
+    agent.sealed()
+    assert notes.sizes()[0] > 1000 and notes.sizes()[1] is None

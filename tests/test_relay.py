@@ -1,23 +1,35 @@
-"""The relay: as a process with and without the extra, and what it answers to plain HTTP."""
+"""The relay: as a process with and without the extra, and what it answers to HTTP."""
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import websockets
 from harness import asynchronous
+from prometheus_client.parser import text_string_to_metric_families
 
 from crdtstate import Config, PeerDisconnected, Replica, blocking
-from crdtstate.relay import digest, digests, pages
+from crdtstate.errors import WaitTimeout
+from crdtstate.relay import digest, digests, holdings, live, metrics
+from crdtstate.relay.pages import DISK_FREE_MIN, Site
+from crdtstate.transports import HttpStream, listen, websocket
 
 LOCAL = "ws://127.0.0.1:0"
 
@@ -106,7 +118,7 @@ def test_relays_that_are_peers_are_one_mesh():
         b.wait_for(a.version(), timeout=20)
 
         assert b.counter("tokens").value == 3
-        assert [peer.agent for peer in b.peers()] == ["relay-2"]
+        assert "relay-2" in [peer.agent for peer in b.peers()]
 
 
 def test_it_ends_with_the_program_that_started_it():
@@ -155,7 +167,7 @@ def test_without_the_extra_relay_explains_itself():
         out, err = process.communicate(timeout=20)
 
     assert (process.returncode, err) == (0, "")
-    for option in ("--listen", "--store", "--peer", "--durability", "--attached"):
+    for option in ("--listen", "--store", "--peer", "--durability", "--attached", "--config"):
         assert option in out
 
 
@@ -176,27 +188,482 @@ def test_it_tells_its_health_status_and_digests():
         assert fetch(address, "/nothing") == (404, "Nothing here.\n")
 
 
+@asynccontextmanager
+async def site(**options: Any) -> AsyncGenerator[Site, None]:
+    """A relay in this process."""
+    replica = Replica("relay", role="relay", http=lambda path: made.answer(path), **options)
+    made = Site(replica)
+    async with replica:
+        yield made
+
+
 @asynchronous
 async def test_one_that_is_closed_is_not_healthy():
-    async with Replica("relay", role="relay") as replica:
-        assert pages.health(replica)["ready"]
+    async with site() as relay:
+        assert relay.health()["ready"]
 
-    answer = pages.answer(replica, "/healthz")
-    assert answer is not None and answer.status == 503
+    answer = relay.answer("/healthz")
+    assert answer.status == 503
     assert json.loads(answer.body)["why"] == ["it is closing"]
 
 
 @asynchronous
 async def test_one_whose_store_fails_says_why_it_is_not_healthy(tmp_path):
-    async with Replica("relay", role="relay", store=tmp_path / "relay.db") as replica:
-        assert replica._store.failure is None
-        replica._store.failure = OSError("the disk is full")
+    async with site(store=tmp_path / "relay.db") as relay:
+        store = relay.replica._store
+        assert store.failure is None
+        store.failure = OSError("the disk is full")
 
-        answer = pages.answer(replica, "/healthz")
-        replica._store.failure = None
+        answer = relay.answer("/healthz")
+        measured = metrics_of(relay)
+        store.failure = None
 
-    assert answer is not None and answer.status == 503
+    assert answer.status == 503
     assert json.loads(answer.body)["why"] == ["the store fails: the disk is full"]
+    assert measured["crdtstate_ready"] == 0 and measured["crdtstate_store_failing"] == 1
+
+
+@asynchronous
+async def test_one_whose_disk_is_nearly_full_says_so_before_it_fails(tmp_path, monkeypatch):
+    async with site(store=tmp_path / "relay.db") as relay:
+        left = SimpleNamespace(free=DISK_FREE_MIN - 1)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: left)
+
+        found = relay.health()
+
+    assert found["why"] == [f"the disk is nearly full: {left.free:,} bytes are left"]
+
+
+# Metrics
+
+
+def parsed(text: str) -> dict[str, float]:
+    """Every sample, by its name and labels."""
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        assert family.documentation and family.type in ("gauge", "counter"), family
+        for sample in family.samples:
+            labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
+            name = f"{sample.name}{{{labels}}}" if labels else sample.name
+            assert name not in found, f"{name} is there twice"
+            found[name] = sample.value
+    return found
+
+
+def metrics_of(relay: Site) -> dict[str, float]:
+    answer = relay.answer("/metrics")
+    assert answer.content_type == "text/plain; version=0.0.4; charset=utf-8"
+    return parsed(answer.body.decode())
+
+
+def fetch_metrics(address: str) -> dict[str, float]:
+    url = address.replace("ws:", "http:") + "/metrics"
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return parsed(answer.read().decode())
+
+
+def test_prometheus_can_read_how_it_is_doing(tmp_path):
+    evil = 'evil"} 1 # {a="\\"'
+    with (
+        running("--store", str(tmp_path / "relay.db")) as (_, address),
+        blocking.Replica(evil, peers=[address]) as a,
+        blocking.Replica("b", peers=[address]) as b,
+    ):
+        for number in range(5):
+            a.document(evil).map("plan")[f"key-{number}"] = "x" * 100
+            a.synced(timeout=20)
+        b.wait_for(a.version(), timeout=20)
+        b.synced(timeout=20)
+
+        found = fetch_metrics(address)
+
+        name = f"crdtstate_peer_lag_changes{{agent={evil},role=agent,writer={a.writer:x}}}"
+        assert found[name] == found[name.replace("changes", "seconds", 1)] == 0
+        assert found["crdtstate_peers{role=agent}"] == 2
+        assert found["crdtstate_members{role=agent,state=up}"] == 2
+        assert found["crdtstate_members{role=relay,state=up}"] == 1
+        assert found["crdtstate_members{role=agent,state=down}"] == 0
+        assert found["crdtstate_received_changes_total"] == 5
+        assert found["crdtstate_own_changes_total"] == 0
+        assert found["crdtstate_received_bytes_total"] > 500
+        assert found["crdtstate_sent_bytes_total"] > 500
+        assert found["crdtstate_delivered_changes_total"] == 5
+        assert found[f"crdtstate_document_changes{{document={evil}}}"] == 5
+        assert found[f"crdtstate_document_bytes{{document={evil},part=live}}"] > 500
+        assert 0 < found[f"crdtstate_document_bytes{{document={evil},part=dead}}"] < 1000
+        journal = found[f"crdtstate_document_journal_bytes{{document={evil}}}"]
+        assert journal == found["crdtstate_journal_bytes"] > 500
+        assert found["crdtstate_store_file_bytes{file=database}"] > 0
+        assert found["crdtstate_events_total{event=PeerConnected}"] == 2
+        assert found["crdtstate_ready"] == 1 and found["crdtstate_conflicts"] == 0
+        assert found["process_start_time_seconds"] > 1.7e9
+
+
+def test_a_label_says_whatever_it_is():
+    hostile = ['"', "\\", "\n", '\\"\n', "a\nb 1\n", "{}", "\r", "\u2028", "\\n", ""]
+    family = metrics.Family("gauge", "m", "Of\nlines\\.", [({"x": each}, 1) for each in hostile])
+
+    (found,) = text_string_to_metric_families(metrics.encode([family]).decode())
+
+    assert [sample.labels["x"] for sample in found.samples] == hostile
+    assert found.documentation == "Of\nlines\\."
+    assert metrics.encode([metrics.Family("gauge", "m", "h", [({"x": "\ud800"}, 1)])])
+
+
+@asynchronous
+async def test_only_the_largest_documents_are_told_apart(monkeypatch):
+    monkeypatch.setattr(metrics, "DOCUMENTS_MAX", 3)
+    async with site() as relay:
+        for number in range(6):
+            relay.replica.document(f"doc-{number}").map("plan")["key"] = "x" * 100 * number
+        relay.replica.version()
+
+        found = metrics_of(relay)
+
+    told = {name: value for name, value in found.items() if "document_changes{" in name}
+    assert told == {
+        "crdtstate_document_changes{document=doc-5}": 1,
+        "crdtstate_document_changes{document=doc-4}": 1,
+        "crdtstate_document_changes{document=doc-3}": 1,
+        "crdtstate_document_changes{document=}": 3,
+    }
+
+
+class Hand:
+    """A clock that is set by hand."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@asynchronous
+async def test_a_document_is_looked_at_again_when_it_has_changed_and_rested():
+    hand, looks = Hand(), []
+
+    def look(document: Any) -> int:
+        looks.append(document.name)
+        hand.now += 0.01
+        return len(looks)
+
+    async with site() as relay:
+        plan = relay.replica.document("plan")
+        plan.map("plan")["key"] = 1
+        relay.replica.version()
+        known = holdings.Looks(look, hand)
+        assert known.of([plan]) == known.of([plan]) == {"plan": 1}
+
+        plan.map("plan")["key"] = 2
+        relay.replica.version()
+        assert known.of([plan]) == {"plan": 1}
+        hand.now += 0.01 * holdings.REST
+        assert known.of([plan]) == {"plan": 2}
+
+
+@asynchronous
+async def test_looking_at_many_documents_is_done_a_part_at_a_time():
+    hand = Hand()
+
+    def look(document: Any) -> str:
+        hand.now += holdings.BUDGET / 2.5
+        return document.name
+
+    async with site() as relay:
+        documents = [relay.replica.document(f"doc-{number}") for number in range(7)]
+        known = holdings.Looks(look, hand)
+
+        assert [len(known.of(documents)) for _ in range(4)] == [3, 6, 7, 7]
+
+
+@asynchronous
+async def test_values_of_any_size_and_kind_are_shown_short():
+    async with site() as relay:
+        plan = relay.replica.map("plan")
+        values = [10**4000, [10**4000] * 100, "x" * 10**6, b"y" * 10**6, {"a": {"b": {"c": 1}}}]
+        plan.update({str(number): value for number, value in enumerate(values)})
+
+        found = [holdings.shown(plan[key]) for key in sorted(plan)]
+
+    assert all(len(text) <= 400 for text in found)
+    assert found[4] == "{'a': {'b': {'c': 1}}}"
+
+
+# The stream of the page
+
+
+async def settled(is_so: Callable[[], bool]) -> None:
+    """Give way to the loop until something is so."""
+    for _ in range(100_000):
+        if is_so():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it never comes about")
+
+
+def sections(text: str | bytes) -> dict[str, Any]:
+    return json.loads(text)
+
+
+@asynchronous
+async def test_the_stream_tells_everything_once_and_then_what_changed():
+    async with (
+        site(listen=LOCAL) as relay,
+        websockets.connect(f"{relay.replica.address}/live", proxy=None) as page,
+    ):
+        first = sections(await page.recv())
+        assert first.keys() == {"relay", "members", "documents", "conflicts", "events"}
+        assert [member["agent"] for member in first["members"]] == ["relay"]
+
+        relay.replica.map("plan")["goal"] = "ship it"
+        relay.replica.version()
+        second = sections(await page.recv())
+        assert second["documents"]["rows"][0]["name"] == "main"
+        assert second["relay"]["changes"] == 1 and "members" not in second
+
+        assert relay.live.viewers == 1
+        async with Replica("a", peers=[relay.replica.address]) as a:
+            while "members" not in (third := sections(await page.recv())):
+                pass
+            a.map("plan")["goal"] = "other"
+        assert [member["agent"] for member in third["members"]] == ["a", "relay"]
+    assert relay.live.viewers == 0
+
+
+@asynchronous
+async def test_only_so_many_may_watch_and_those_who_leave_make_room(monkeypatch):
+    monkeypatch.setattr(live, "VIEWERS_MAX", 2)
+    monkeypatch.setattr("crdtstate.relay.pages.VIEWERS_MAX", 2)
+    async with site(listen=LOCAL) as relay:
+        url = f"{relay.replica.address}/live"
+        one = await websockets.connect(url, proxy=None)
+        async with websockets.connect(url, proxy=None) as two:
+            await one.recv(), await two.recv()
+
+            with pytest.raises(websockets.InvalidStatus) as refused:
+                await websockets.connect(url, proxy=None)
+            assert refused.value.response.status_code == 503
+        await one.close()
+        await settled(lambda: relay.live.viewers == 0)
+
+        async with websockets.connect(url, proxy=None) as three:
+            assert sections(await three.recv())
+
+
+@asynchronous
+async def test_a_viewer_that_does_not_keep_up_or_speaks_is_hung_up_on(monkeypatch):
+    monkeypatch.setattr(websocket, "STREAM_TIMEOUT", 0.1)
+    ended = asyncio.Event()
+
+    async def flood() -> AsyncGenerator[str, None]:
+        try:
+            while True:
+                yield "x" * 10**6
+        finally:
+            ended.set()
+
+    async def accept(connection: Any) -> None:
+        raise AssertionError("this is no part of the mesh")
+
+    listener = await listen(LOCAL, accept, http=lambda path: HttpStream(flood))
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(listener.address[-5:]))
+    key = "Sec-WebSocket-Key: x3JJHMbDL1EzLkh9GBhXDw==\r\nSec-WebSocket-Version: 13"
+    head = f"GET /live HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n{key}"
+    writer.write(f"{head}\r\nConnection: Upgrade\r\n\r\n".encode())
+
+    await ended.wait()
+    writer.close()
+    ended.clear()
+    async with websockets.connect(f"{listener.address}/live", proxy=None) as talker:
+        await talker.send("let me in")
+        await ended.wait()
+    await listener.close()
+
+
+@asynchronous
+async def test_those_who_arrive_while_it_closes_are_not_left_behind():
+    async def accept(connection: Any) -> None:
+        await connection.receive()
+
+    for turns in range(8):
+        listener = await listen(LOCAL, accept)
+        host, port = listener.address.removeprefix("ws://").split(":")
+        arriving = [socket.create_connection((host, int(port))) for _ in range(5)]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        closing = asyncio.create_task(listener.close())
+        await asyncio.sleep(0)
+        for each in arriving:
+            each.close()
+        await closing
+    # What was left behind would warn of it, which is an error.
+    gc.collect()
+
+
+def asked(address: str, path: str, *headers: str) -> int:
+    """The status that a request for a websocket gets."""
+    host, port = address.removeprefix("ws://").split(":")
+    key = ("Sec-WebSocket-Key: x3JJHMbDL1EzLkh9GBhXDw==", "Sec-WebSocket-Version: 13")
+    upgrade = ("Upgrade: websocket", "Connection: Upgrade", *key)
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        lines = (f"GET {path} HTTP/1.1", *headers, *upgrade, "", "")
+        connection.sendall("\r\n".join(lines).encode())
+        return int(connection.recv(100).split()[1])
+
+
+def test_only_the_relays_own_page_gets_the_stream_and_no_page_the_mesh():
+    with running() as (_, address):
+        host = address.removeprefix("ws://")
+        port = host.rpartition(":")[2]
+        for headers, code in (
+            ((f"Host: {host}",), 101),
+            ((f"Host: {host}", f"Origin: http://{host}"), 101),
+            ((f"Host: LOCALHOST:{port}", f"Origin: http://localhost:{port}"), 101),
+            ((f"Host: {host}", f"Origin: https://{host}"), 101),
+            ((f"Host: {host}", f"Origin: http://localhost:{port}"), 403),
+            ((f"Host: {host}", "Origin: http://127.0.0.1"), 403),
+            ((f"Host: {host}", "Origin: https://evil.example"), 403),
+            ((f"Host: {host}", "Origin: null"), 403),
+            ((f"Host: {host}", "Origin:"), 403),
+            ((f"Host: {host}", f"Origin: file://{host}"), 403),
+            ((f"Host: {host}", f"Origin: http://{host}", "Origin: https://evil.example"), 403),
+            (("Host: evil.example", "Origin: http://evil.example"), 421),
+            ((), 421),
+        ):
+            assert asked(address, "/live", *headers) == code, headers
+        for path in ("/mesh", "/"):
+            assert asked(address, path, f"Host: {host}") == 101
+            assert asked(address, path, f"Host: {host}", f"Origin: http://{host}") == 403
+        for path in ("/healthz", "/page.js", "/live/more"):
+            assert asked(address, path, f"Host: {host}") == 404
+        assert fetch(address, "/live") == (426, "Open a websocket.\n")
+
+
+# Draining
+
+
+@contextmanager
+def one_that_lags(address: str) -> Iterator[Callable[[], None]]:
+    """A connected peer that takes nothing in, and something it lacks; and what lets it catch up."""
+    with (
+        blocking.Replica("busy", peers=[address], config=Config(link_timeout=60.0)) as busy,
+        blocking.Replica("a", peers=[address]) as a,
+        ExitStack() as held,
+    ):
+        busy.synced(timeout=20)
+        held.enter_context(busy.transaction())
+        a.map("plan")["goal"] = "ship it"
+        a.synced(timeout=20)
+        version = a.version()
+
+        def catch_up() -> None:
+            held.close()
+            busy.wait_for(version, timeout=20)
+
+        yield catch_up
+
+
+def until_it_drains(address: str) -> Any:
+    while (found := fetch(address, "/healthz"))[0] == 200:
+        pass
+    return found
+
+
+def test_told_to_stop_it_says_so_and_waits_for_those_who_lag():
+    with running("--drain", "60") as (process, address), one_that_lags(address) as catch_up:
+        process.send_signal(signal.SIGTERM)
+        code, said = until_it_drains(address)
+        assert code == 503 and json.loads(said)["why"] == ["draining"]
+        # Longer than closing alone would take.
+        until = time.monotonic() + 2
+        while time.monotonic() < until:
+            assert fetch(address, "/healthz")[0] == 503
+
+        catch_up()
+
+        assert process.wait(timeout=20) == 0
+
+
+def test_it_waits_no_longer_than_it_may():
+    with running("--drain", "0.3") as (process, address), one_that_lags(address):
+        assert end(process, signal.SIGTERM)[0] == 0
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(tmp_path, second):
+    store = tmp_path / "relay.db"
+    with running("--drain", "60", "--store", str(store)) as (process, address):
+        with one_that_lags(address):
+            process.send_signal(signal.SIGTERM)
+            until_it_drains(address)
+
+            assert end(process, second)[0] == -second
+
+    with blocking.Replica("reader", store=store) as kept:
+        assert kept.map("plan")["goal"] == "ship it"
+
+
+def test_nothing_it_has_acknowledged_is_lost_and_agents_find_it_again(tmp_path):
+    store = str(tmp_path / "relay.db")
+    acknowledged: list[int] = []
+    stopped = threading.Event()
+
+    def write(agent: blocking.Replica) -> None:
+        number = 0
+        while not stopped.is_set():
+            agent.map("plan")[f"key-{number}"] = number
+            try:
+                agent.synced(timeout=0.2)
+            except WaitTimeout:
+                continue  # The relay is away; the write counts when it has been told.
+            acknowledged.append(number)
+            number += 1
+
+    with blocking.Replica("reader", config=Config(reconnect_max=0.2)) as reader:
+        with running("--store", store) as (process, address):
+            writer = blocking.Replica("writer", peers=[address], config=Config(reconnect_max=0.2))
+            with writer:
+                reader.connect(address)
+                writing = threading.Thread(target=write, args=[writer])
+                writing.start()
+                while len(acknowledged) < 50:
+                    assert writing.is_alive()
+                assert end(process, signal.SIGTERM) == (0, "", "")
+                before = len(acknowledged)
+                restarted = start("relay", "--listen", address, "--store", store)
+                try:
+                    while len(acknowledged) < before + 50:
+                        assert writing.is_alive() and restarted.poll() is None
+                finally:
+                    stopped.set()
+                    writing.join()
+        # The writer is gone; the relay has it all, and the reader gets it from there.
+        with blocking.Replica("late", peers=[address]) as late:
+            late.synced(timeout=20)
+            reader.wait_for(late.version(), timeout=20)
+            for replica in (late, reader):
+                assert set(acknowledged) <= set(replica.map("plan").values())
+        assert end(restarted, signal.SIGTERM)[0] == 0
+
+
+def test_systemd_is_told_what_it_does(tmp_path):
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
+        told.bind(path)
+        told.settimeout(20)
+        env = {**os.environ, "NOTIFY_SOCKET": path, "WATCHDOG_USEC": "200000"}
+        with running("--store", str(tmp_path / "relay.db"), env=env) as (process, _):
+            assert told.recv(1000) == b"READY=1"
+            for _ in range(3):
+                assert told.recv(1000) == b"WATCHDOG=1\nSTATUS=0 peers, 0 documents"
+            process.send_signal(signal.SIGTERM)
+            while (last := told.recv(1000)).startswith(b"WATCHDOG=1"):
+                pass
+            assert last == b"STOPPING=1\nSTATUS=draining"
+            assert process.wait(timeout=20) == 0
+
+
+# Digests
 
 
 @asynchronous

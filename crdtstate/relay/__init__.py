@@ -5,17 +5,22 @@ The relay: a replica run on its own, for agents that cannot reach each other.
 
 It is an ordinary replica with ``role="relay"`` that everybody dials: it keeps what it gets, sends
 it on, and holds no power over anybody's data. Relays given each other as peers form one mesh. On
-the port of the mesh it answers plain HTTP too:
+the port of the mesh it answers HTTP too:
 
     /mesh       the mesh, for replicas (the path is added to URLs without one)
+    /           a page for people: who is there, what they hold, what happens
+    /live       the stream behind that page, a websocket
     /healthz    200 when it is ready, 503 and the reasons when it is not
+    /metrics    how it is doing, for Prometheus
     /status     what it has and who is connected
     /digest     hashes of its documents: equal on replicas with equal content
 
-`pages` makes these answers, `server` runs the process.
+`settings` says what kind of relay it is, `server` runs the process, `pages` makes the answers: from
+a `glance` at the replica, the `holdings` of its documents, and the `chronicle` of its events.
+`metrics` and `live` put them into words. The page itself is what lies in ``page/``, as it is.
 """
 
-from crdtstate.relay.pages import digest, digests, health, status
+from crdtstate.relay.pages import digest, digests, status
 from crdtstate.relay.server import serve
 
-__all__ = ["digest", "digests", "health", "serve", "status"]
+__all__ = ["digest", "digests", "serve", "status"]

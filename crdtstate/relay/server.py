@@ -1,67 +1,92 @@
 """
-The relay as a process: opened, announced, and closed in order when it is told to stop.
+The relay as a process: opened, announced, drained and closed in order when it is told to stop.
+
+Draining is what lets a relay be restarted under a running fleet: it says that it is on its way out
+(``/healthz``, systemd), goes on until its peers have what it has, or a few seconds are over, tells
+them goodbye, and closes its store. They dial again until it is back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
-from collections.abc import Callable, Iterable
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
 
-from crdtstate.relay import leash, pages
+from crdtstate.errors import WaitTimeout
+from crdtstate.relay import leash, notify
+from crdtstate.relay.pages import Site
+from crdtstate.relay.settings import Settings
 from crdtstate.replica import Replica
-from crdtstate.transports import HttpAnswer
-
-DEFAULT_LISTEN = "ws://127.0.0.1:8765"
+from crdtstate.transports import HttpAnswer, HttpStream
 
 
-async def serve(
-    announce: Callable[[str], object],
-    *,
-    listen: str = DEFAULT_LISTEN,
-    store: str | os.PathLike[str] | None = None,
-    peers: Iterable[str] = (),
-    durability: Literal["process", "power"] = "process",
-    name: str = "relay",
-    attached: bool = False,
-) -> None:
-    """Run a relay until SIGTERM or SIGINT, then say goodbye to everybody.
+async def serve(settings: Settings, announce: Callable[[str], object]) -> None:
+    """Run a relay until SIGTERM or SIGINT, then drain it. A second signal ends it at once, as it
+    does any program; the store stands that.
 
     Args:
+        settings: What kind of relay.
         announce: Called with the address it listens on, once it does.
-        attached: Also stop when standard input ends, so that it never outlives the program that
-            started it with a pipe.
 
     Raises:
         TransportError: The address cannot be had.
         StoreError: The store cannot be opened.
-        UsageError: An argument cannot be.
+        UsageError: A setting cannot be.
     """
 
-    def http(path: str) -> HttpAnswer | None:
-        return pages.answer(replica, path)
+    def http(path: str) -> HttpAnswer | HttpStream | None:
+        return site.answer(path)
 
     replica = Replica(
-        name,
-        store=store,
-        listen=listen,
-        peers=peers,
-        durability=durability,
+        settings.name,
+        store=settings.store,
+        listen=settings.listen,
+        peers=settings.peers,
+        config=settings.config,
+        durability=settings.durability,
         role="relay",
         http=http,
+        tls=settings.tls_context(),
     )
+    site = Site(replica)
     stop = asyncio.Event()
-    _stop_on_signals(stop)
-    if attached:
+    if settings.attached:
         loop = asyncio.get_running_loop()
-        leash.follow(lambda: loop.call_soon_threadsafe(stop.set))
+        leash.follow(partial(loop.call_soon_threadsafe, stop.set))
+    _stop_on_signals(stop)
     async with replica:
         assert replica.address is not None
         announce(replica.address)
-        await stop.wait()
+        notify.tell("READY=1")
+        await _run_until(stop, replica)
+        site.is_draining = True
+        notify.tell("STOPPING=1", "STATUS=draining")
+        await _drain(replica, settings.drain)
+
+
+async def _run_until(stop: asyncio.Event, replica: Replica) -> None:
+    """Wait, and keep telling systemd how it is going. Being told from the event loop, its watchdog
+    notices when that stands still."""
+    while not stop.is_set():
+        peers, documents = len(replica.peers()), len(list(replica.documents()))
+        notify.tell("WATCHDOG=1", f"STATUS={peers} peers, {documents} documents")
+        try:
+            async with asyncio.timeout(notify.every()):
+                await stop.wait()
+        except TimeoutError:
+            pass
+
+
+async def _drain(replica: Replica, timeout: float) -> None:
+    """Wait until what was committed when this began has reached all who are connected."""
+    if replica.peers() and timeout:
+        try:
+            await replica.synced(timeout=timeout)
+        except WaitTimeout:
+            # They get the rest from others, or from here when this relay is back.
+            pass
 
 
 def announce_as_text(address: str) -> None:
@@ -75,10 +100,19 @@ def announce_as_json(address: str) -> None:
 
 
 def _stop_on_signals(stop: asyncio.Event) -> None:
+    """Let the first SIGTERM or SIGINT set *stop*. The next one does what it does by default."""
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def on_signal() -> None:
+        stop.set()
+        for number in numbers:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in numbers:
         try:
-            loop.add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, on_signal)
         except (NotImplementedError, RuntimeError):
             # Windows; and threads other than the main one, which get no signals.
             pass

@@ -83,6 +83,11 @@ class DocumentIndex:
         rows.append(row)
         self.size += size
 
+    @property
+    def kept(self) -> int:
+        """Bytes of all changes that have a row."""
+        return sum(index.bytes_of(0, len(index.rows)) for index in self.writers.values())
+
     def newest(self, writer: int) -> int:
         """The seq of *writer*'s newest change, or 0."""
         return self.writers[writer].newest if writer in self.writers else 0

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol
@@ -76,12 +76,24 @@ class HttpAnswer:
     body: bytes
     content_type: str = "text/plain; charset=utf-8"
     status: int = 200
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HttpStream:
+    """What a web page gets that opens a websocket to a path: texts, for as long as it is there.
+
+    Each is asked for when the one before has left, so a slow page makes nothing pile up. Only
+    pages that came from the same port may, and programs that are no browsers.
+    """
+
+    messages: Callable[[], AsyncGenerator[str, None]]
 
 
 Accept = Callable[[Connection], Awaitable[None]]
 """Serves one accepted connection, which is closed when it returns."""
 
-Http = Callable[[str], HttpAnswer | None]
+Http = Callable[[str], HttpAnswer | HttpStream | None]
 """Answers a GET of a path, given without its query; None means there is nothing there."""
 
 

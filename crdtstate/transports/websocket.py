@@ -5,9 +5,10 @@ A thin shell around the `websockets` library, which does the protocol and enforc
 limits. This module chooses the settings, keeps web pages out and translates exceptions.
 Pings and compression are off because heartbeats and `crdtstate.wire` do these better.
 
-A browser lets any web page dial any host, the user's own included. So a request with an
-Origin is refused, and a listener on the loopback interface answers only to loopback names:
-otherwise a page could reach it under a name of its own that resolves to 127.0.0.1.
+A browser lets any web page dial any host, the user's own included. So a request for the mesh with
+an Origin is refused, one for a stream is only granted to pages of this very port, and a listener on
+the loopback interface answers only to loopback names: otherwise a page could reach it under a name
+of its own that resolves to 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import logging
 import re
 import socket
 import ssl
+from contextlib import aclosing, suppress
+from functools import partial
 from http import HTTPStatus
 from ipaddress import ip_address
 from typing import Any
@@ -32,8 +35,10 @@ from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
 
 from crdtstate.errors import ProtocolError, TransportError, UsageError
-from crdtstate.transports import Accept, Http, HttpAnswer, serve
+from crdtstate.transports import Accept, Connection, Http, HttpAnswer, HttpStream, serve
 from crdtstate.wire import MESSAGE_BYTES_MAX
+
+LOG = logging.getLogger(__name__)
 
 MESH_PATH = "/mesh"
 
@@ -43,8 +48,16 @@ OPEN_TIMEOUT = 5.0
 CLOSE_TIMEOUT = 1.0
 """How long the other side may take to say goodbye as well."""
 
+ARRIVAL_TURNS = 5
+"""Turns of the loop within which a connection that was accepted is made."""
+
+STREAM_TIMEOUT = 10.0
+"""How long a page may take to make room for the next text before it is hung up on."""
+
 REASON_BYTES_MAX = 123
 """What a websocket close frame holds."""
+
+FOREIGN = HttpAnswer(b"Not for this page.\n", status=HTTPStatus.FORBIDDEN)
 
 LOOPBACK_HOST = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 
@@ -89,6 +102,8 @@ class _Dialled(ClientConnection):
 
 
 class _Accepted(ServerConnection):
+    stream: HttpStream | None = None  # what it gets, if it is no part of the mesh
+
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.transport = _Gone()
@@ -142,6 +157,7 @@ class WebSocketListener:
         self._accept = accept
         self._http = http
         self._server: Server
+        self._is_closing = False
         self._only_loopback = True  # until it is known, the strict case
         self._accepted: set[WebSocketConnection] = set()
 
@@ -154,7 +170,6 @@ class WebSocketListener:
             host,
             url.port or 0,
             ssl=tls,
-            origins=[None],
             process_request=self._process_request,
             open_timeout=OPEN_TIMEOUT,
             server_header=None,
@@ -166,16 +181,32 @@ class WebSocketListener:
         self.address = _url(url.scheme, host, bound[0][1])
 
     async def close(self) -> None:
+        self._is_closing = True
+        await self._stop_accepting()
         self._server.close(close_connections=False)
         await asyncio.gather(*(each.close("the listener closed") for each in self._accepted))
         await self._server.wait_closed()
 
+    async def _stop_accepting(self) -> None:
+        """Let those whom the socket has accepted arrive: asyncio loses them, their sockets left
+        open, if the server is closed meanwhile (python/cpython#109564)."""
+        loop = asyncio.get_running_loop()
+        with suppress(NotImplementedError):  # on Windows
+            for listening in self._server.sockets:
+                loop.remove_reader(listening)
+        for _ in range(ARRIVAL_TURNS):
+            await asyncio.sleep(0)
+
     async def _serve(self, websocket: ServerConnection) -> None:
+        if self._is_closing:
+            return
         host, port = (websocket.remote_address or ("gone", 0))[:2]
         connection = WebSocketConnection(websocket, _url("ws", host, port))
+        stream = websocket.stream if isinstance(websocket, _Accepted) else None
+        accept = self._accept if stream is None else partial(_show, stream, websocket)
         self._accepted.add(connection)
         try:
-            await serve(self._accept, connection)
+            await serve(accept, connection)
         finally:
             self._accepted.discard(connection)
 
@@ -186,11 +217,69 @@ class WebSocketListener:
             text = b"This listens on the loopback interface: call it localhost.\n"
             return _response(HttpAnswer(text, status=HTTPStatus.MISDIRECTED_REQUEST))
         path = request.path.partition("?")[0]
-        if path in ("/", MESH_PATH) and "Upgrade" in request.headers:
-            return None
-        if "Upgrade" not in request.headers and self._http and (answer := self._http(path)):
-            return _response(answer)
-        return _response(HttpAnswer(b"Nothing here.\n", status=HTTPStatus.NOT_FOUND))
+        is_upgrade = "Upgrade" in request.headers
+        if is_upgrade and path in ("/", MESH_PATH):
+            # Programs have no Origin; a web page has no business here.
+            return _response(FOREIGN) if "Origin" in request.headers else None
+        match self._http(path) if self._http else None:
+            case HttpStream() as stream if is_upgrade:
+                if not _is_same_origin(request.headers):
+                    return _response(FOREIGN)
+                assert isinstance(websocket, _Accepted)
+                websocket.stream = stream
+                return None
+            case HttpStream():
+                return _response(
+                    HttpAnswer(b"Open a websocket.\n", status=HTTPStatus.UPGRADE_REQUIRED)
+                )
+            case HttpAnswer() as answer if not is_upgrade or answer.status >= 400:
+                return _response(answer)
+            case _:
+                return _response(HttpAnswer(b"Nothing here.\n", status=HTTPStatus.NOT_FOUND))
+
+
+def _is_same_origin(headers: Headers) -> bool:
+    """Whether the page that asks, if it is a page, came from where it asks.
+
+    The scheme is not compared: a proxy may add the TLS.
+    """
+    origins, hosts = headers.get_all("Origin"), headers.get_all("Host")
+    if not origins:
+        return True
+    scheme, _, host = origins[0].partition("://")
+    return (
+        (len(origins), len(hosts)) == (1, 1)
+        and scheme in ("http", "https")
+        and host.lower() == hosts[0].lower()
+    )
+
+
+async def _show(stream: HttpStream, websocket: ServerConnection, _: Connection) -> None:
+    """Send what *stream* gives until the page leaves, does not keep up, or says anything."""
+    feeding = asyncio.create_task(_feed(stream, websocket))
+    try:
+        await websocket.recv()
+    except ConnectionClosed:
+        pass
+    finally:
+        feeding.cancel()
+        await asyncio.wait([feeding])
+
+
+async def _feed(stream: HttpStream, websocket: ServerConnection) -> None:
+    try:
+        async with aclosing(stream.messages()) as texts:
+            async for text in texts:
+                async with asyncio.timeout(STREAM_TIMEOUT):
+                    await websocket.send(text)
+        await websocket.close(CloseCode.TRY_AGAIN_LATER)
+    except ConnectionClosed:
+        pass
+    except TimeoutError:
+        websocket.transport.abort()
+    except Exception:
+        LOG.exception("%s: feeding it failed", websocket.remote_address)
+        websocket.transport.abort()
 
 
 async def dial(url: str, *, timeout: float, tls: ssl.SSLContext | None) -> WebSocketConnection:
@@ -253,7 +342,9 @@ def _response(answer: HttpAnswer) -> Response:
             "Content-Type": answer.content_type,
             "Content-Length": str(len(answer.body)),
             "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
             "Connection": "close",
+            **dict(answer.headers),
         }
     )
     return Response(answer.status, HTTPStatus(answer.status).phrase, headers, answer.body)
