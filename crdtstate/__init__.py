@@ -27,13 +27,17 @@ Floors 0 to 2 know no clock, socket, disk or thread: time and randomness are arg
 from crdtstate.clock import Cut, Dot, Stamp, Version
 from crdtstate.config import Config
 from crdtstate.conflict import Candidate, Conflict, Explanation, strategy
+from crdtstate.consistency import Confirm, Receipt
 from crdtstate.crdts import Counter, Map, Register, Set
 from crdtstate.document import Document
 from crdtstate.errors import (
+    ConfirmTimeout,
     CorruptStore,
     CRDTStateError,
     InvalidUpdate,
+    LeaseRefused,
     ProtocolError,
+    QuorumLost,
     ReplicaClosed,
     StoreError,
     StoreLocked,
@@ -60,6 +64,7 @@ from crdtstate.events import (
     PeerConnected,
     PeerDisconnected,
     PeerRejected,
+    PresenceChanged,
     SnapshotReceived,
     StoreFailed,
     StoreRecovered,
@@ -75,6 +80,8 @@ __all__ = [
     "Changed",
     "ClockSkew",
     "Config",
+    "Confirm",
+    "ConfirmTimeout",
     "Conflict",
     "ConflictFound",
     "ConflictResolved",
@@ -89,6 +96,7 @@ __all__ = [
     "Explanation",
     "IdentityRollback",
     "InvalidUpdate",
+    "LeaseRefused",
     "Map",
     "Member",
     "MemberDown",
@@ -99,7 +107,10 @@ __all__ = [
     "PeerConnected",
     "PeerDisconnected",
     "PeerRejected",
+    "PresenceChanged",
     "ProtocolError",
+    "QuorumLost",
+    "Receipt",
     "Register",
     "Replica",
     "ReplicaClosed",

@@ -4,9 +4,12 @@ All settings of a replica, in one frozen dataclass. Times are in seconds, sizes 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from crdtstate.errors import UsageError
+
+VOTERS_MAX = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +85,13 @@ class Config:
     retire_memory_after: float = 600.0
     """The same for a member without a store, which loses all it knew when it ends."""
 
+    voters: tuple[str, ...] = ()
+    """The agents (relays, best) that decide on `Confirm.majority` and strong reads and writes, by
+    name. Each has a store of its own. The same everywhere; to change them, change one at a time."""
+
+    lease_timeout: float = 5.0
+    """How long opening with ``lease=True`` may take."""
+
     discover: bool = True
     """Also connect to members that others tell of, not only to the `peers` that were named."""
 
@@ -109,7 +119,22 @@ class Config:
                 if not isinstance(value, bool):
                     raise UsageError(f"Config.discover is True or False, not {value!r}")
                 continue
+            if field.name == "voters":
+                object.__setattr__(self, "voters", _names(value))
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise UsageError(f"Config.{field.name} must be a number above 0, not {value!r}")
         if self.link_timeout < 3 * self.heartbeat:
             raise UsageError("Config.link_timeout must be at least three heartbeats")
+
+
+def _names(value: object) -> tuple[str, ...]:
+    """Different names of agents, sorted."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise UsageError(f"Config.voters is a list of agents' names, not {value!r}")
+    names = list(value)
+    if not all(isinstance(name, str) and 0 < len(name) <= 100 for name in names):
+        raise UsageError(f"Config.voters is a list of agents' names, not {names!r}")
+    if len(set(names)) < len(names) or len(names) > VOTERS_MAX:
+        raise UsageError(f"Config.voters names up to {VOTERS_MAX} agents, each once: {names!r}")
+    return tuple(sorted(names))

@@ -18,7 +18,7 @@ Where several live values meet, maps and registers read what the view's strategy
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, MutableMapping, MutableSet
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from crdtstate.change import RESOLUTION
 from crdtstate.clock import Stamp
@@ -36,6 +36,20 @@ STRATEGIES = "@strategies"
 _EMPTY: dict[str, Cell] = {}
 _PRESENT = pack(True, "set")
 _MISSING = object()
+
+
+class Strong(Protocol):
+    """What reads and writes over a quorum; the replica."""
+
+    async def read_strong(
+        self, document: Document, container: str, key: str, timeout: float | None
+    ) -> bytes | None:
+        """Return the packed value at a path, or None."""
+
+    async def write_strong(
+        self, document: Document, container: str, key: str, value: bytes, timeout: float | None
+    ) -> None:
+        """Write the packed *value* at a path."""
 
 
 class View:
@@ -100,6 +114,21 @@ class _Choosing(View):
             return []
         return self._candidates(self._cells[key])
 
+    @property
+    def _strong(self) -> Strong:
+        if self._document.strong is None:
+            raise UsageError("strong reads and writes need an open Replica")
+        return self._document.strong
+
+    async def _get_strong(self, key: str, timeout: float | None) -> Any:
+        found = await self._strong.read_strong(self._document, self._container, key, timeout)
+        return None if found is None else unpack(found)
+
+    async def _set_strong(self, key: str, value: Any, where: str, timeout: float | None) -> None:
+        packed = pack(value, where)
+        document = self._document
+        await self._strong.write_strong(document, self._container, key, packed, timeout)
+
     def _explain(self, key: str, where: str) -> Explanation:
         return explain(where, self.strategy, self._candidates(self._cells.get(key, {})))
 
@@ -127,6 +156,30 @@ class Map(_Choosing, MutableMapping[str, Any]):
         document = self._document
         document.check_key(key, self._name)
         document.put(self._container, key, pack(value, self._where(key)))
+
+    async def get_strong(self, key: str, *, timeout: float | None = 5.0) -> Any:
+        """The value that a linearizable read finds, None if there is none: at least what every
+        strong write has written that completed before, wherever that was, and every strong read
+        has read. Of values written at the same time it is the last one, whatever the strategy.
+
+        Raises:
+            QuorumLost: A majority of `Config.voters` did not answer within *timeout* seconds.
+            UsageError: There are no voters.
+        """
+        return await self._get_strong(key, timeout)
+
+    async def set_strong(self, key: str, value: Any, *, timeout: float | None = 5.0) -> None:
+        """Write so that every strong read that begins afterwards finds this or something newer,
+        and a majority of `Config.voters` has it on disk. There is no compare-and-set: of two
+        writes at the same time both succeed. A key that is written strongly should only be.
+
+        Raises:
+            QuorumLost: A majority did not answer within *timeout* seconds; its `unknown` says
+                whether it may have been written nevertheless.
+            UsageError, UnsupportedValue: It cannot be; nothing changed.
+        """
+        self._document.check_key(key, self._name)
+        await self._set_strong(key, value, self._where(key), timeout)
 
     def __delitem__(self, key: str) -> None:
         if key not in self:
@@ -187,6 +240,14 @@ class Register(_Choosing):
     @value.setter
     def value(self, value: Any) -> None:
         self._document.put(self._container, "", pack(value, self._name))
+
+    async def get_strong(self, *, timeout: float | None = 5.0) -> Any:
+        """See `Map.get_strong`."""
+        return await self._get_strong("", timeout)
+
+    async def set_strong(self, value: Any, *, timeout: float | None = 5.0) -> None:
+        """See `Map.set_strong`."""
+        await self._set_strong("", value, self._name, timeout)
 
     @property
     def is_set(self) -> bool:

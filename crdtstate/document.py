@@ -27,9 +27,9 @@ from crdtstate.change import (
     Snapshot,
     encode_change,
 )
-from crdtstate.clock import SEQ_MAX, Dot, HybridClock, Version
+from crdtstate.clock import SEQ_MAX, STAMP_MAX, Dot, HybridClock, Version
 from crdtstate.conflict import DEFAULT_STRATEGY, Conflict, resolver
-from crdtstate.crdts import STRATEGIES, Counter, Map, Register, Set
+from crdtstate.crdts import STRATEGIES, Counter, Map, Register, Set, Strong
 from crdtstate.errors import CRDTStateError, InvalidUpdate, UnsupportedValue, UsageError
 from crdtstate.lanes import Lanes
 from crdtstate.native import Array, Native, Text, YMap
@@ -104,6 +104,8 @@ class Document:
         self.native = Native(writer, self._native_written) if shared else None
         # The engine failed; nothing can be taken in before the document is rebuilt.
         self.is_broken = False
+        # Reads and writes over a quorum, where there is one.
+        self.strong: Strong | None = None
         self._clock = clock
         self._wall = wall
         self._on_write = on_write
@@ -206,6 +208,11 @@ class Document:
                 found.append(Conflict(self.name, "register", name, "", tuple(values)))
         return found
 
+    def sizes(self) -> tuple[int, int | None]:
+        """The bytes of the document as it is encoded, and those of its live content alone (None
+        for native types, which do not tell). As costly as a snapshot."""
+        return len(self.engine.state()), None if self.shared else self.lanes.live_bytes()
+
     @property
     def needs_tidying(self) -> bool:
         """Whether there may be slots here to drop because others cover them (L3)."""
@@ -230,6 +237,22 @@ class Document:
             seq = self.version.get(self.writer, 0) + 1
             cells.update(key, self.writer, Slot(value, seq, self._open_stamp, covers))
         self._check_goal()
+
+    def put_above(self, container: str, key: str, value: bytes) -> None:
+        """`put`, with a stamp above those of all slots at the path, however far ahead of the own
+        clock they are.
+
+        Raises:
+            UsageError: A stamp there is the highest possible.
+        """
+        cells = self.lanes.container(container)
+        top = max((slot.stamp for slot in cells.cells.get(key, {}).values()), default=0)
+        if top >= STAMP_MAX:
+            raise UsageError(f"{self.name!r}: a clock without bounds has written at {key!r}")
+        self.put(container, key, value)
+        slot = cells.cells[key][self.writer]
+        if slot.stamp <= top:
+            cells.update(key, self.writer, slot._replace(stamp=top + 1))
 
     def count(self, container: str, up: int, down: int) -> None:
         """Add to this lane's totals of a counter."""

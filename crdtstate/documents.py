@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from crdtstate.change import Change, Origin, Snapshot, decode_change
-from crdtstate.clock import Cut, HybridClock, Version
+from crdtstate.clock import Cut, Dot, HybridClock, Version
 from crdtstate.conflict import Conflict
 from crdtstate.crdts import Counter, Map, Register, Set
 from crdtstate.document import Document
@@ -220,6 +220,20 @@ class DocumentSet:
     def _hand_over(self) -> list[tuple[Change, list[str]]]:
         sealed, self._sealed = self._sealed, []
         return sealed
+
+    def seal_now(self, document: Document) -> None:
+        """Seal what is open in a document, so that its version counts it."""
+        self._check_settled()
+        if document.is_open:
+            self._seal(document)
+
+    def write_above(self, document: Document, container: str, key: str, value: bytes) -> Dot:
+        """Write the packed *value* at a path in a change of its own, with a stamp above those of
+        all values there."""
+        self.seal_now(document)
+        document.put_above(container, key, value)
+        self._seal(document)
+        return Dot(document.writer, document.version[document.writer])
 
     def seal_tidying(self, document: Document) -> None:
         """Seal a change that only drops what others cover (L3)."""

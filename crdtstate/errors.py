@@ -13,7 +13,10 @@ Every error crdtstate raises, named for the situation, and the state it leaves b
     │   ├── StoreLocked         another process has the store open
     │   ├── StoreUnavailable    the store refuses writes; reads and the mesh go on
     │   └── CorruptStore        a stored row or page fails its checksum; nothing was altered
+    ├── LeaseRefused            no relay lent a writer; nothing was opened
+    ├── QuorumLost              too few voters answered; a read had no effect, a write may have
     └── WaitTimeout             what was waited for has not happened yet; it still may
+        └── ConfirmTimeout      too few replicas said that they have it; more may
 
 Foreign exceptions are translated into these where they enter. Errors carry their facts
 as attributes and end with what to do, where that is known.
@@ -97,3 +100,51 @@ class CorruptStore(StoreError):
 
 class WaitTimeout(CRDTStateError, TimeoutError):
     """What was waited for has not happened yet; nothing was undone and it still may happen."""
+
+
+class LeaseRefused(CRDTStateError):
+    """No relay among the peers lent a writer; the replica was not opened."""
+
+
+class ConfirmTimeout(WaitTimeout):
+    """Too few replicas have said in time that they have what was written. It is not undone, and
+    will usually get there: the outcome is unknown, not bad.
+
+    Attributes:
+        got: The agents that have it.
+        missing: The voters that have not said so; empty without voters.
+        unknown: Always True.
+    """
+
+    unknown = True
+
+    def __init__(
+        self, got: tuple[str, ...], missing: tuple[str, ...], needed: int, seconds: float | None
+    ) -> None:
+        who = ", ".join(got) or "nobody"
+        lacking = f"; not heard of {', '.join(missing)}" if missing else ""
+        super().__init__(
+            f"confirmed by {who} within {seconds} s, {needed} are needed{lacking}. "
+            "What was written stays, and may still get there"
+        )
+        self.got, self.missing = got, missing
+
+
+class QuorumLost(CRDTStateError, TimeoutError):
+    """Less than a majority of the voters answered in time.
+
+    Attributes:
+        missing: The voters that did not answer.
+        unknown: Whether a write may have taken effect, now or later. If False, nothing happened.
+    """
+
+    def __init__(
+        self, missing: tuple[str, ...], voters: int, seconds: float | None, *, is_unknown: bool
+    ) -> None:
+        outcome = "it may have been written" if is_unknown else "nothing was written"
+        who = (
+            f"; not heard of {', '.join(missing)}" if missing else "; could not catch up with them"
+        )
+        super().__init__(f"no majority of {voters} voters within {seconds} s{who}: {outcome}")
+        self.missing = missing
+        self.unknown = is_unknown

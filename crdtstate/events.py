@@ -131,6 +131,16 @@ class MemberRetired(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class PresenceChanged(Event):
+    """An agent shows something else, or with *is_shown* False nothing any more; see
+    `Replica.present`."""
+
+    agent: str
+    writer: int
+    is_shown: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ClockSkew(Event):
     """A peer's clock is so far ahead that it is not followed."""
 

@@ -72,6 +72,11 @@ class Link:
         return self.hello is None or takes(self.hello.documents, document)
 
     @property
+    def is_visitor(self) -> bool:
+        """Whether the other side takes part in nothing: it only came to borrow a writer."""
+        return self.hello is not None and self.hello.documents == ()
+
+    @property
     def is_partial(self) -> bool:
         """Whether the other side takes part in some documents only: it passes nothing on."""
         return self.hello is not None and self.hello.documents is not None

@@ -81,8 +81,8 @@ class _Known:
     state: State | None = None
     # Since when it is unreachable, down or retired.
     since: float | None = None
-    # Until when it stays suspected without a link that is.
-    suspected_until: float = 0.0
+    # Until when it stays suspected, after the link to it is gone.
+    suspected_until: float | None = None
     # Since when it claims a link that does not stand.
     claims_since: float | None = None
 
@@ -118,7 +118,7 @@ class Membership:
         self._claiming: set[int] = set()
         # Whether everyone who is up is connected with everyone else, and they are few.
         self.is_complete = False
-        # Members that have not retired, this one included, and relays among the others.
+        # Members that are up, this one included, and relays among the others.
         self.count, self.relays = 1, 0
         # Whether a record changed since the states were computed.
         self.is_stale = True
@@ -159,28 +159,44 @@ class Membership:
         """Which records are here: writer -> order."""
         return {writer: known.record.order for writer, known in self._known.items()}
 
+    def writer_at(self, address: str) -> int | None:
+        """Who is to be found at an address, if a member says so."""
+        for writer, known in self._known.items():
+            if known.record.address == address and not known.record.is_gone:
+                return writer
+        return None
+
     def data(self, writer: int) -> bytes:
         """A record as it is passed on."""
         return self._known[writer].data
 
     # Taking in
 
-    def on_records(self, data: Iterable[bytes], peer: int) -> None:
-        """Take in what a peer knows. Raises ProtocolError."""
-        for each in data:
-            self._on_record(wire.decode_record(each), each, peer)
+    def on_records(self, data: Iterable[bytes], peer: int) -> bool:
+        """Take in what a peer knows. True if it is news that somebody lost a neighbour.
 
-    def _on_record(self, record: Record, data: bytes, peer: int) -> None:
+        Raises:
+            ProtocolError: These are no records.
+        """
+        is_urgent = False
+        for each in data:
+            record = wire.decode_record(each)
+            is_urgent |= self._on_record(record, each, peer) and bool(record.lost)
+        return is_urgent
+
+    def _on_record(self, record: Record, data: bytes, peer: int) -> bool:
+        """Take in a record; whether it is news."""
         known = self._known.get(record.writer)
         if known is not None and known.record.order >= record.order:
-            return
+            return False
         if record.writer == self.me.writer:
             # An older session of this replica, or somebody who takes it for gone: be newer.
             self._republish(replace(self.me, seq=record.seq))
-            return
+            return False
         if known is None and len(self._known) >= wire.MEMBERS_MAX and not self._make_room():
-            return
+            return False
         self._store(record, data, peer)
+        return True
 
     def _make_room(self) -> bool:
         """Forget one that does not count any more, if there is one."""
@@ -197,7 +213,7 @@ class Membership:
             self._known[record.writer] = known = _Known(record, data)
         else:
             self.fingerprint ^= _mix(known.record)
-            if known.record.is_gone and not record.is_gone:
+            if known.state == "retired" and not record.is_gone:
                 # It is back: as one of whom we hear for the first time.
                 known.state = known.since = None
             known.record, known.data = record, data
@@ -241,7 +257,7 @@ class Membership:
     def publish(self, links: tuple[int, ...], linked: set[int], now: float) -> None:
         """Tell everybody of the own links, if that is news. *links* are the ones to name, *linked*
         are all."""
-        lost = tuple(sorted(self._lost(linked, now)))[: wire.LOST_MAX]
+        lost = self._bound(list(self._lost(linked, now)))
         if links != self.me.links or lost != self.me.lost:
             self._republish(replace(self.me, links=links, lost=lost))
 
@@ -256,6 +272,14 @@ class Membership:
                 known.claims_since = now
             if now >= known.claims_since + LOST_DELAY:
                 yield writer, known.record.seq
+
+    def _bound(self, lost: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+        """Retire whom this record has no room to deny, those not heard of for longest: they would
+        be up again."""
+        lost.sort(key=lambda each: each[1], reverse=True)
+        for writer, _ in lost[wire.LOST_MAX :]:
+            self._retire(self._known[writer])
+        return tuple(sorted(lost[: wire.LOST_MAX]))
 
     def cut_off(self, writer: int, now: float) -> None:
         """The link to a member broke, and was not made anew: what it claims is false."""
@@ -296,7 +320,7 @@ class Membership:
             at = self._judge(writer, known, reached, linked.get(writer), now)
             if at is not None and (again is None or at < again):
                 again = at
-        living = [known for known in self._known.values() if known.state not in (None, "retired")]
+        living = [known for known in self._known.values() if known.state in ("up", "suspected")]
         self.count = 1 + len(living)
         self.relays = sum(1 for known in living if known.record.role == "relay")
         self.is_complete = self._find_complete(linked)
@@ -358,15 +382,20 @@ class Membership:
         retire_at = known.since + (config.retire_after if durable else config.retire_memory_after)
         if now < retire_at and not self._is_replaced(known.record, reached):
             return retire_at
-        gone = replace(known.record, is_gone=True)
-        self._store(gone, wire.encode_record(gone), None)
+        self._retire(known)
         return self._judge_gone(writer, known, now)
 
+    def _retire(self, known: _Known) -> None:
+        gone = replace(known.record, is_gone=True)
+        self._store(gone, wire.encode_record(gone), None)
+
     def _judge_reached(self, known: _Known, is_silent: bool | None, now: float) -> float | None:
-        if is_silent:
-            known.suspected_until = now + SUSPICION
-        elif is_silent is None and known.state == "suspected" and now < known.suspected_until:
-            return known.suspected_until
+        if is_silent is None and known.state == "suspected":
+            if known.suspected_until is None:
+                known.suspected_until = now + SUSPICION
+            if now < known.suspected_until:
+                return known.suspected_until
+        known.suspected_until = None
         self._set(known, "suspected" if is_silent else "up")
         return None
 

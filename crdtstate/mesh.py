@@ -24,7 +24,7 @@ from crdtstate.tree import Root, Tree
 MISSED_MAX = 3
 """Heartbeats that a neighbour may miss before it is suspected."""
 
-CUT_OFF = 0.4
+CUT_OFF = 0.3
 """Seconds after which a broken link counts as lost. Before, it may be made anew."""
 
 WORK_DELAY = 0.05
@@ -33,13 +33,12 @@ WORK_DELAY_MAX = 1.0
 """Seconds that news of members collect: a while, and for each member a bit more."""
 
 MISMATCH_QUIET = 10
+URGENT_MAX = 64
+"""Members up to which computing anew who is up costs so little that it need not wait."""
+
 MISMATCHES_MAX = 30
 """As of `sync`: heartbeats in a row that tell of a difference before records are asked for; one at
 which neither side has changed since the one before counts as ten."""
-
-RECENT = 3.0
-"""Seconds for which a record is news to a link that becomes eager: while the tree was torn there,
-it did not come through."""
 
 BEAT_SLACK = 1.5
 """Heartbeats without a wave after which one is sent nevertheless."""
@@ -92,13 +91,9 @@ class Mesh:
         self.pruned: list[Link] = []
         # Addresses to dial, for `sync` to hand out.
         self.dials: list[str] = []
-        # Links that were eager when records were spread the last time.
-        self._eager: set[int] = set()
-        # Writers whose records changed of late -> the link each came by, until when it is news.
-        self._recent: dict[int, tuple[int | None, float]] = {}
         # Writers whose link just broke -> when it counts as lost.
         self._fading: dict[int, float] = {}
-        self._has_left = False
+        self.has_left = False
         self._suspects: frozenset[int] = frozenset()
         # Deadlines.
         self._beat_at = now + config.heartbeat * rng.random()
@@ -127,7 +122,7 @@ class Mesh:
         return soonest
 
     def _up(self) -> list[Link]:
-        return [link for link in self._links.values() if link.is_up]
+        return [link for link in self._links.values() if link.is_up and not link.is_visitor]
 
     # Links
 
@@ -144,7 +139,7 @@ class Mesh:
     def gone(self, link: Link, now: float) -> None:
         """A link has ended, whoever ended it; it is no longer among the links."""
         self.topology.ended(link, now, is_pruned=link.bye is wire.ByeCode.PRUNED)
-        if link.hello is None:
+        if link.hello is None or link.is_visitor:
             self._dial_at = min(self._dial_at, now)
             return
         writer = link.hello.writer
@@ -169,10 +164,8 @@ class Mesh:
         if frame.neighbours is not None:
             link.neighbours = frozenset(frame.neighbours)
         root = NOWHERE if link.is_partial else Root(frame.priority, frame.root)
-        if self.tree.on_beat(link.peer, root, frame.wave, frame.is_parent, now):
+        if self.tree.on_beat(link.peer, root, frame.wave, frame.hops, frame.is_parent, now):
             self._beat_all(now)
-        if link.peer not in self._eager and self.is_eager(link, now):
-            self._work_soon(now)
         self._compare(link, frame)
         if link.writer in self._suspects:
             self._update(now, is_due=True)
@@ -192,8 +185,12 @@ class Mesh:
 
     def on_members(self, link: Link, frame: wire.Members, now: float) -> None:
         """Take in records. Raises ProtocolError."""
-        self.members.on_records(frame.records, link.peer)
-        self._work_soon(now)
+        is_urgent = self.members.on_records(frame.records, link.peer)
+        if is_urgent and len(self.members) <= URGENT_MAX:
+            # Somebody lost a neighbour. To pass that on at once is what makes a death known soon.
+            self._work(now)
+        else:
+            self._work_soon(now)
 
     def on_roll(self, link: Link, frame: wire.Roll) -> None:
         """Send the records that the peer lacks, and ask for those that are newer there."""
@@ -225,7 +222,8 @@ class Mesh:
             # Not with the beats: whoever passes on waves in time has none of its own.
             self._look_at = now + self._config.heartbeat
             self._find_suspects(now)
-            self.pruned += self.topology.excess(self._up(), self.members, now)
+            spared = {link.peer for link in self._up() if self.is_eager(link, now)}
+            self.pruned += self.topology.excess(self._up(), self.members, spared, now)
             self._work_soon(now)
         if self._work_at is not None and self._work_at <= now:
             self._work(now)
@@ -241,7 +239,7 @@ class Mesh:
 
     def dial(self, now: float) -> None:
         """Dial who is to be connected and is not."""
-        if self._has_left:
+        if self.has_left:
             self._dial_at = math.inf
             return
         links = [link for link in self._links.values() if not link.is_closing]
@@ -295,34 +293,28 @@ class Mesh:
 
     def _named(self, links: list[Link]) -> tuple[int, ...]:
         """The links to name in the own record. Whoever has few names all of them; so it is enough
-        that who has many names some."""
+        that who has many names some, and none to those who cannot be dialled, who have few."""
+        if len(links) > wire.NEIGHBOURS_MAX:
+            links = [link for link in links if not link.is_leaf]
         order = sorted(
-            (link.hello.role != "relay", link.is_leaf, link.hello.writer)
+            (link.hello.role != "relay", link.hello.writer)
             for link in links
             if link.hello is not None
         )
-        return tuple(sorted(writer for _, _, writer in order[: wire.NEIGHBOURS_MAX]))
+        return tuple(sorted(writer for _, writer in order[: wire.NEIGHBOURS_MAX]))
 
     def _spread_records(self, links: list[Link], now: float) -> None:
         news, self.members.news = self.members.news, {}
-        self._recent = {w: each for w, each in self._recent.items() if each[1] > now}
-        self._recent.update((writer, (source, now + RECENT)) for writer, source in news.items())
-        before, self._eager = self._eager, set()
+        if not news:
+            return
         for link in links:
             if not self.is_eager(link, now):
                 continue
-            self._eager.add(link.peer)
-            writers = news if link.peer in before else self._recent
-            chosen = [w for w in writers if self._may_lack(link, self._recent[w][0])]
+            # Not spared to the neighbours of whom it came from: what is known of those is least
+            # certain when records change.
+            chosen = [writer for writer, source in news.items() if source != link.peer]
             if chosen:
                 self._send_records(link.peer, chosen)
-
-    def _may_lack(self, link: Link, source: int | None) -> bool:
-        """Whether a peer may lack a record that came by *source*; see `Sync._may_lack`."""
-        if source is None or not self.is_direct:
-            return link.peer != source
-        came = self._links.get(source)
-        return link.peer != source and (came is None or link.writer not in came.neighbours)
 
     # Heartbeats
 
@@ -343,7 +335,9 @@ class Mesh:
             told,
             tree.root.priority,
             tree.root.session,
+            # A wave travels together with its hops.
             tree.wave,
+            tree.hops,
             tree.parent == link.peer,
             self.members.fingerprint,
         )
@@ -361,7 +355,7 @@ class Mesh:
 
     def leave(self) -> None:
         """Say goodbye to the mesh: this replica closes."""
-        self._has_left = True
+        self.has_left = True
         self.members.leave()
         for link in self._up():
             self._send_records(link.peer, [self.members.me.writer])

@@ -15,28 +15,34 @@ import inspect
 import logging
 import os
 import random
+import ssl
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
+from urllib.parse import urlsplit
 
 from crdtstate import sync, wire
 from crdtstate.clock import Cut, Version
 from crdtstate.config import Config
+from crdtstate.consistency import Confirm, Confirmation, Receipt, StrongRead, StrongWrite
 from crdtstate.crdts import Map, Register
 from crdtstate.document import Document, EngineFailure
 from crdtstate.documents import DocumentSet
 from crdtstate.errors import (
     CorruptStore,
     InvalidUpdate,
+    LeaseRefused,
     ProtocolError,
     ReplicaClosed,
     StoreError,
     StoreUnavailable,
     TransportError,
+    UnsupportedValue,
     UsageError,
     WaitTimeout,
 )
@@ -52,13 +58,14 @@ from crdtstate.events import (
     StoreRecovered,
 )
 from crdtstate.identity import draw_writer, may_keep_writer
+from crdtstate.link import takes
 from crdtstate.membership import Member
 from crdtstate.slots import SEPARATOR
 from crdtstate.stores import Entry, Saved, Store
 from crdtstate.stores.journal import Journal
 from crdtstate.stores.memory import MemoryStore
 from crdtstate.transports import Connection, Http, Listener, check_scheme, dial, listen
-from crdtstate.values import unpack_key
+from crdtstate.values import pack, unpack, unpack_key
 
 log = logging.getLogger("crdtstate")
 
@@ -81,7 +88,8 @@ class Peer:
     """A connected peer.
 
     Attributes:
-        lag: Changes committed here that it has not acknowledged.
+        lag: Changes committed here that it has not acknowledged,
+        lag_seconds: and for how long the oldest of them, about.
         queued_bytes: Bytes waiting to be sent to it.
     """
 
@@ -90,7 +98,29 @@ class Peer:
     role: str
     address: str | None
     lag: int
+    lag_seconds: float
     queued_bytes: int
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What this replica has received and sent since it was opened."""
+
+    messages_in: int = 0
+    messages_out: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    changes_in: int = 0
+    """Changes of others that were taken in; those that came with a snapshot are not counted."""
+    changes_out: int = 0
+    """Own changes."""
+
+
+class _Loan(NamedTuple):
+    """A writer that was lent: by the relay of which writer, and on which terms."""
+
+    lender: int
+    terms: wire.Lend
 
 
 class _Link:
@@ -123,6 +153,14 @@ class Replica(DocumentSet):
         durability: What `durable` and sending wait for. ``"process"``: changes survive a kill of
             this process at once, and a power cut after 0.1 s. ``"power"``: both at once.
         role: ``"relay"`` for a replica that is there for others.
+        subscribe: The documents to take part in, by name; ``"plan/*"`` names all that begin so.
+            None: all. With it, this replica passes nothing on to others.
+        lease: Write under a writer that a relay among *peers* lends, and hand it back at the end.
+            For agents without a store of which there are many after each other: else each would
+            leave a trace in every document. Opening waits for it, up to `Config.lease_timeout`.
+        advertise: The URL under which others can reach this replica, if that is not *listen*:
+            behind a proxy, or when it listens on all interfaces.
+        tls: The certificate to show with ``listen="wss://..."``; for peers, whom to trust.
         http: Answers plain HTTP requests on the listening port.
 
     Raises:
@@ -139,6 +177,10 @@ class Replica(DocumentSet):
         config: Config | None = None,
         durability: Literal["process", "power"] = "process",
         role: Literal["agent", "relay"] = "agent",
+        subscribe: Iterable[str] | None = None,
+        lease: bool = False,
+        advertise: str | None = None,
+        tls: ssl.SSLContext | None = None,
         http: Http | None = None,
     ) -> None:
         if not isinstance(agent, str) or not 0 < len(agent) <= 100 or not agent.isprintable():
@@ -153,11 +195,17 @@ class Replica(DocumentSet):
             raise UsageError(f"store is the path of a file, not {store!r}")
         if durability not in ("process", "power"):
             raise UsageError(f'durability is "process" or "power", not {durability!r}')
+        for each in [] if advertise is None else [advertise]:
+            check_url(each)
+        if lease and store is not None:
+            raise UsageError("lease=True is for agents without a store; this one has its writer")
         self._rng = random.Random()
         super().__init__(agent, draw_writer(self._rng), lambda: time.time_ns() // 1_000_000)
         self.config = config or Config()
         self.durability = durability
         self.role = role
+        # What came and went, for metrics.
+        self.traffic = Traffic()
         # Where it listens, once open.
         self.address: str | None = None
         self._store_path = None if store is None else Path(store)
@@ -166,6 +214,10 @@ class Replica(DocumentSet):
         for url in self._peer_urls if listen is None else [listen, *self._peer_urls]:
             check_url(url)
         self._http = http
+        self._advertise = advertise
+        self._tls = tls
+        self._subscribe = None if subscribe is None else _check_patterns(subscribe)
+        self._is_leasing = lease
         self._session = self._rng.getrandbits(64)
         self._state: Literal["new", "open", "closed"] = "new"
         self._store: Store
@@ -182,10 +234,13 @@ class Replica(DocumentSet):
         self._timer: asyncio.TimerHandle | None = None
         # What was handed to the store: (ticket, the core's number).
         self._tickets: deque[tuple[int, int]] = deque()
+        # The same, of what is committed and not synced.
+        self._unsynced: deque[tuple[int, int]] = deque()
         self._unsaved_bytes = 0
         self._failed: str | None = None
         # Own seq by document at opening: what peers may know of this writer.
         self._base: dict[str, int] = {}
+        self._opened: dict[str, int] = {}
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._handlers: dict[type[Event], list[Callable[[Any], object]]] = {}
         self._pending_events: list[Event] = []
@@ -203,12 +258,14 @@ class Replica(DocumentSet):
         if self._state != "new":
             raise UsageError("a Replica is opened once; make a new one")
         self._loop = asyncio.get_running_loop()
+        loan = await self._borrow() if self._is_leasing else None
         self._store = self._open_store()
         try:
             self._recover()
             self._state = "open"
             if self._listen_url is not None:
-                self._listener = await listen(self._listen_url, self._accept, http=self._http)
+                url, accept = self._listen_url, self._accept
+                self._listener = await listen(url, accept, http=self._http, tls=self._tls_for(url))
                 self.address = self._listener.address
                 self._sync.introduce(self._hello(), self._loop.time())
         except BaseException:
@@ -216,6 +273,9 @@ class Replica(DocumentSet):
             self._store.close(clean=False)
             raise
         self._wake()
+        if loan is not None:
+            self._sync.borrow(loan.lender, loan.terms.seqs)
+            await self._await_loan(loan)
         return self
 
     async def __aexit__(
@@ -233,6 +293,8 @@ class Replica(DocumentSet):
         try:
             self._seal_quietly()
             self._pump()
+            if self._is_leasing:
+                await self._give_back()
             self._sync.leave(self._loop.time())
             self._pump()
             await self._say_goodbye()
@@ -278,7 +340,7 @@ class Replica(DocumentSet):
         self._sync = sync.Sync(self, self._hello(), self.config, self._rng, now, seeds)
         self._sync.former.update(session.writers - {self._writer})
         for name, version in self.versions():
-            self._base[name] = version.get(self._writer, 0)
+            self._base[name] = self._opened[name] = version.get(self._writer, 0)
             store = self._store
             self._sync.restore(name, version, store.floor(name), store.size(name))
             self._clock.observe(self._documents[name].stamp, 2**47)
@@ -297,6 +359,71 @@ class Replica(DocumentSet):
             hint = f"check it with: crdtstate verify {path}"
             raise CorruptStore(path, f"document {item.document!r}: {what}: {exc}; {hint}") from exc
 
+    # Borrowing a writer
+
+    async def _borrow(self) -> _Loan:
+        """Ask the peers, one after the other, for a writer, before anything else."""
+        why = "there are none"
+        async with self._lease_limit():
+            for url in self._peer_urls:
+                try:
+                    loan = await self._borrow_at(url)
+                except (TransportError, ProtocolError) as exc:
+                    why = str(exc)
+                    continue
+                if loan.terms.writer:
+                    self._writer = loan.terms.writer
+                    return loan
+                why = f"{url} is no relay"
+        raise LeaseRefused(f"{self.agent}: no relay among the peers lends a writer: {why}")
+
+    @asynccontextmanager
+    async def _lease_limit(self) -> AsyncIterator[None]:
+        seconds = self.config.lease_timeout
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except TimeoutError:
+            reason = f"{self.agent}: no writer could be leased within {seconds} s"
+            raise LeaseRefused(reason) from None
+
+    async def _borrow_at(self, url: str) -> _Loan:
+        connection = await dial(url, timeout=DIAL_TIMEOUT, tls=self._tls)
+        try:
+            hello = replace(self._hello(), documents=())
+            frames = [wire.encode_frame(hello), wire.encode_frame(wire.Borrow())]
+            await connection.send(wire.encode_message(frames))
+            lender = 0
+            while True:
+                for frame in wire.decode_message(await connection.receive()):
+                    if isinstance(frame, wire.Hello):
+                        lender = frame.writer
+                    elif isinstance(frame, wire.Lend):
+                        return _Loan(lender, frame)
+        finally:
+            connection.abort()
+
+    async def _await_loan(self, loan: _Loan) -> None:
+        """Wait until everything is here that was written under the borrowed writer."""
+        try:
+            async with self._lease_limit():
+                await self._until(self._sync.has_borrowed_all, None, "the loan")
+        except BaseException:
+            self._is_leasing = False
+            await self.close()
+            raise
+
+    async def _give_back(self) -> None:
+        """Hand the borrowed writer back once a relay has all that was written under it."""
+        try:
+            await self._until(self._sync.give_back, FAREWELL, "a relay to have everything")
+            self._pump()
+        except WaitTimeout:
+            log.info("%s: the leased writer could not be handed back", self.agent)
+
+    def _tls_for(self, url: str) -> ssl.SSLContext | None:
+        return self._tls if url.startswith("wss:") else None
+
     def _hello(self) -> wire.Hello:
         return wire.Hello(
             wire.PROTOCOL_MIN,
@@ -305,9 +432,17 @@ class Replica(DocumentSet):
             self._session,
             self.agent,
             self.role,
-            self.address,
+            self._advertise or (None if _is_anywhere(self.address) else self.address),
             is_durable=self._store_path is not None,
+            documents=self._subscribe,
         )
+
+    def _make(self, name: str, shared: bool) -> Document:
+        if not takes(self._subscribe, name):
+            raise UsageError(f"{name!r} is not among the documents this replica subscribes to")
+        document = super()._make(name, shared)
+        document.strong = self
+        return document
 
     def _check_usable(self) -> None:
         if self._state == "new":
@@ -326,6 +461,101 @@ class Replica(DocumentSet):
             self._peer_urls.append(url)
             self._sync.add_seed(url, self._loop.time())
             self._wake()
+
+    # Consistency
+
+    async def confirm(self, confirm: Confirm, timeout: float | None = None) -> Receipt:
+        """Wait until as many replicas as *confirm* says have everything written here so far.
+
+        Raises:
+            ConfirmTimeout: It took longer than *timeout* seconds; says who has it. What was
+                written stays, and may still get there.
+            UsageError: *confirm* can never be, such as 3 of 2 voters.
+        """
+        if not isinstance(confirm, Confirm):
+            raise UsageError(f"confirm takes crdtstate.Confirm(...), not {confirm!r}")
+        self._check_usable()
+        self._check_settled()
+        self._seal_open()
+        self._pump()
+        writer = self._writer
+        written = {
+            name: Version({writer: version[writer]})
+            for name, version in self.versions()
+            if version.get(writer, 0) > self._opened.get(name, 0)
+        }
+        voters, now = self.config.voters, self._loop.time()
+        confirmation = Confirmation(self._sync, confirm, written, voters, now)
+        await self._run_machine(confirmation, timeout)
+        return confirmation.receipt
+
+    async def read_strong(
+        self, document: Document, container: str, key: str, timeout: float | None
+    ) -> bytes | None:
+        """See `Map.get_strong`."""
+        self._check_usable()
+        self._check_settled()
+        voters, now = self.config.voters, self._loop.time()
+        read = StrongRead(self._sync, document, container, key, voters, now)
+        await self._run_machine(read, timeout)
+        return read.value
+
+    async def write_strong(
+        self, document: Document, container: str, key: str, value: bytes, timeout: float | None
+    ) -> None:
+        """See `Map.set_strong`."""
+        self._check_usable()
+        self._check_settled()
+        voters, now = self.config.voters, self._loop.time()
+        write = StrongWrite(self._sync, document, container, key, voters, now)
+        write.value = value
+        await self._run_machine(write, timeout)
+
+    async def _run_machine(
+        self, machine: Confirmation | StrongRead | StrongWrite, timeout: float | None
+    ) -> None:
+        """Let a machine of `consistency` go on until it is done, or time is up."""
+
+        def poll() -> bool:
+            is_done = machine.poll(self._loop.time())
+            self._wake()
+            return is_done
+
+        try:
+            await self._until(poll, timeout, "other replicas")
+        except WaitTimeout:
+            raise machine.failure(timeout) from None
+        finally:
+            machine.close()
+
+    # Presence
+
+    def present(self, value: Any, *, ttl: float = 30.0) -> None:
+        """Show *value* to all members until it is replaced, or taken back with None, or this
+        replica has been gone for *ttl* seconds. It is kept nowhere, and small: up to 4 KB packed.
+
+        Raises:
+            UnsupportedValue: *value* cannot be shared; what was shown before still is.
+            UsageError: *ttl* is not from 1 to 3,600 seconds.
+        """
+        self._check_usable()
+        if not isinstance(ttl, (int, float)) or not 1 <= ttl <= 3600:
+            raise UsageError(f"ttl is from 1 to 3600 seconds, not {ttl!r}")
+        packed = None if value is None else pack(value, "presence")
+        if packed is not None and len(packed) > wire.PRESENCE_MAX:
+            raise UnsupportedValue("presence", f"more than {wire.PRESENCE_MAX} bytes packed")
+        self._sync.show(packed, float(ttl), self._loop.time())
+        self._wake()
+
+    def presence(self) -> dict[str, Any]:
+        """What all agents show now, this one included: agent -> value."""
+        if self._state != "open":
+            return {}
+        shown = self._sync.presence
+        found = {agent: unpack(value) for _, agent, value in shown.values(self._loop.time())}
+        if shown.own is not None:
+            found[self.agent] = unpack(shown.own)
+        return dict(sorted(found.items()))
 
     # Waiting
 
@@ -478,7 +708,9 @@ class Replica(DocumentSet):
             shell = self._links.get(link.peer)
             queued = shell.outbox_bytes if shell else 0
             lag = self._sync.lag(link.peer)
-            found.append(Peer(hello.agent, hello.writer, hello.role, hello.address, lag, queued))
+            seconds = self._sync.lag_seconds(link.peer, self._loop.time())
+            who = (hello.agent, hello.writer, hello.role, hello.address)
+            found.append(Peer(*who, lag, seconds, queued))
         return sorted(found, key=lambda peer: (peer.agent, peer.writer))
 
     def members(self) -> list[Member]:
@@ -572,6 +804,7 @@ class Replica(DocumentSet):
     def _tell_sealed(self) -> None:
         """Let the core know of every change at once: no snapshot may hold one it does not (S3)."""
         sealed = self._hand_over()
+        self.traffic.changes_out += len(sealed)
         self._sync.local_changes((change for change, _ in sealed), self._loop.time())
         if self._has_observers():
             for change, paths in sealed:
@@ -600,7 +833,8 @@ class Replica(DocumentSet):
                 case sync.SaveSnapshot():
                     self._append(batch)
                     self._save(effect)
-                case sync.Delivered(document, _, paths, agent):
+                case sync.Delivered(document, change, paths, agent):
+                    self.traffic.changes_in += change is not None
                     if self._has_observers():
                         self._note_paths(document, paths, agent, local=False)
                 case sync.Fetch(peer, name, ranges):
@@ -611,6 +845,8 @@ class Replica(DocumentSet):
                     self._end_link(peer, code, reason)
                 case sync.Emit(event):
                     self._emit(event)
+                case sync.Hurry():
+                    self._store.hurry()
                 case sync.Rebuild(name):
                     self._append(batch)
                     self._rebuild(name)
@@ -642,11 +878,14 @@ class Replica(DocumentSet):
 
     def _note_commits(self) -> None:
         store = self._store
-        number = 0
+        ticket = number = 0
         while self._tickets and self._tickets[0][0] <= store.committed:
-            number = self._tickets.popleft()[1]
+            ticket, number = self._tickets.popleft()
         if number:
+            self._unsynced.append((ticket, number))
             self._sync.committed(number, self._loop.time())
+        if self._unsynced and self._unsynced[0][0] <= store.synced:
+            self._note_syncs()
         if not self._tickets:
             self._unsaved_bytes = 0
         failure = str(store.failure) if store.failure else None
@@ -655,6 +894,12 @@ class Replica(DocumentSet):
             self._emit(StoreFailed(failure) if failure else StoreRecovered())
             if failure:
                 self._loop.call_later(STORE_RETRY, self._retry_store)
+
+    def _note_syncs(self) -> None:
+        number = 0
+        while self._unsynced and self._unsynced[0][0] <= self._store.synced:
+            number = self._unsynced.popleft()[1]
+        self._sync.synced(number, self._loop.time())
 
     def _retry_store(self) -> None:
         if self._state == "open" and self._store.failure is not None:
@@ -733,8 +978,10 @@ class Replica(DocumentSet):
             self._sync.reidentify_later()
             return
         self._tickets.clear()
+        self._unsynced.clear()
         self._writer = new
         self._base = {}
+        self._opened = {}
         self._sync.reidentified(self._hello(), self._loop.time())
 
         def load(document: Document) -> None:
@@ -815,13 +1062,13 @@ class Replica(DocumentSet):
         task.add_done_callback(self._tasks.discard)
 
     async def _accept(self, connection: Connection) -> None:
-        if self._state == "open":
+        if self._state == "open" and not self._sync.mesh.has_left:
             await self._run(connection, None)
 
     async def _dial(self, url: str) -> None:
         """Try once to connect to an address, and serve the connection."""
         try:
-            connection = await dial(url, timeout=DIAL_TIMEOUT)
+            connection = await dial(url, timeout=DIAL_TIMEOUT, tls=self._tls_for(url))
         except (TransportError, UsageError) as exc:
             log.debug("%s: %s", self.agent, exc)
             self._note_trouble(url, str(exc).removeprefix(f"{url}: "))
@@ -872,6 +1119,8 @@ class Replica(DocumentSet):
 
     def _receive(self, peer: int, link: _Link, data: bytes) -> None:
         now = self._loop.time()
+        self.traffic.messages_in += 1
+        self.traffic.bytes_in += len(data)
         for frame in wire.decode_message(data):
             if isinstance(frame, wire.Hello):
                 link.writer = frame.writer
@@ -894,7 +1143,10 @@ class Replica(DocumentSet):
         try:
             while True:
                 while link.outbox:
-                    await link.connection.send(self._bundle(link))
+                    bundle = self._bundle(link)
+                    self.traffic.messages_out += 1
+                    self.traffic.bytes_out += len(bundle)
+                    await link.connection.send(bundle)
                     if link.is_congested and link.outbox_bytes < self.config.outbox_bytes / 4:
                         link.is_congested = False
                         self._sync.writable(peer, self._loop.time())
@@ -925,6 +1177,23 @@ class Replica(DocumentSet):
             link.ending = (code, reason)
             link.wake.set()
             self._loop.call_later(FAREWELL, link.connection.abort)
+
+
+def _is_anywhere(address: str | None) -> bool:
+    """Whether an address names no host: all interfaces are listened on."""
+    return address is not None and urlsplit(address).hostname in ("0.0.0.0", "::")
+
+
+def _check_patterns(patterns: object) -> tuple[str, ...]:
+    if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+        raise UsageError(f"subscribe is a list of documents' names, not {patterns!r}")
+    found = tuple(patterns)
+    if not found or len(found) > wire.PATTERNS_MAX:
+        raise UsageError(f"subscribe names 1 to {wire.PATTERNS_MAX} documents, not {len(found)}")
+    for each in found:
+        if not isinstance(each, str) or not 0 < len(each) <= wire.NAME_CHARS_MAX:
+            raise UsageError(f"subscribe is a list of documents' names, not {each!r}")
+    return found
 
 
 def check_url(url: object) -> None:

@@ -50,10 +50,14 @@ from crdtstate.events import (
     PeerConnected,
     PeerDisconnected,
     PeerRejected,
+    PresenceChanged,
     SnapshotReceived,
 )
+from crdtstate.leases import Leases
 from crdtstate.link import Link, takes
 from crdtstate.mesh import Mesh
+from crdtstate.presence import Presence
+from crdtstate.quorum import ROUTES_MAX, WAITING_MAX, Question, Quorum
 from crdtstate.transfer import CACHE_MAX, DOWNLOADS_MAX, Downloads, Uploads
 
 CHANGES_FRAME_BYTES = 256 * 1024
@@ -66,6 +70,9 @@ MISMATCHES_MAX = 30
 side has changed since the one before counts as ten."""
 
 QUARANTINE_MAX = 1000
+HISTORY_MAX = 600
+"""Heartbeats for which it is remembered how much was committed."""
+
 STRIKES_MAX = 20
 _EMPTY = Version()
 
@@ -140,6 +147,10 @@ class Reidentify(NamedTuple):
     reason: str
 
 
+class Hurry(NamedTuple):
+    """Sync the store soon; then call `Sync.synced`. It does so by itself, but somebody waits."""
+
+
 class Emit(NamedTuple):
     """Tell the user."""
 
@@ -147,7 +158,17 @@ class Emit(NamedTuple):
 
 
 Effect = (
-    Send | Persist | SaveSnapshot | Fetch | Dial | HangUp | Delivered | Rebuild | Reidentify | Emit
+    Send
+    | Persist
+    | SaveSnapshot
+    | Fetch
+    | Dial
+    | HangUp
+    | Delivered
+    | Rebuild
+    | Reidentify
+    | Hurry
+    | Emit
 )
 
 
@@ -228,6 +249,22 @@ class Sync:
         self._broken: dict[str, str] = {}
         self._fingerprint = 0
         self._is_reidentifying = False
+        self._synced = 0
+        # How many changes were committed, and how many had been at each heartbeat.
+        self._commits = 0
+        self._history: deque[tuple[float, int]] = deque(maxlen=HISTORY_MAX)
+        self._quorum = Quorum(
+            hello.agent,
+            hello.is_durable,
+            self.committed_version,
+            self._send,
+            lambda: self._effects.append(Hurry()),
+        )
+        self.presence = Presence(hello.writer, hello.agent, documents.wall_ms())
+        # Of relays: the writers they lend. Of borrowers: what must be here before they may write.
+        self.leases = Leases(rng) if hello.role == "relay" else None
+        self._borrowed: dict[str, int] = {}
+        self._lender: int | None = None
         # Document -> own seq that a peer acknowledged after it got it from here.
         self.own_acked: dict[str, int] = {}
         # Writers that this replica wrote as in earlier sessions.
@@ -245,7 +282,7 @@ class Sync:
     @property
     def peers(self) -> list[Link]:
         """The connections whose other side is known."""
-        return [link for link in self._links.values() if link.is_up]
+        return [link for link in self._links.values() if link.is_up and not link.is_visitor]
 
     def committed_version(self, document: str) -> Version:
         """What of *document* is committed here."""
@@ -266,6 +303,17 @@ class Sync:
             for writer, seq in ledger.committed.items()
         )
 
+    def lag_seconds(self, peer: int, now: float) -> float:
+        """For how long, about, changes that are committed here have not been acknowledged."""
+        lag = self.lag(peer)
+        if not lag:
+            return 0.0
+        reached = self._commits - lag
+        since = next((at for at, commits in reversed(self._history) if commits <= reached), None)
+        if since is None:
+            since = self._history[0][0] if self._history else now
+        return max(0.0, now - since)
+
     def missing_count(self) -> int:
         """How many changes peers have announced that are not delivered here."""
         return sum(
@@ -282,6 +330,9 @@ class Sync:
         """What may pile up here: (name, size, limit) (S6)."""
         config = self.config
         yield "pending changes", len(self._pending), config.pending_changes
+        yield "questions", len(self._quorum), WAITING_MAX
+        yield "routes", self._quorum.routes, ROUTES_MAX
+        yield "members", len(self.mesh.members), wire.MEMBERS_MAX
         yield "pending bytes", self._pending_bytes, config.pending_bytes
         yield "places waited for", len(self._waiting), config.pending_changes
         yield "cached snapshots", len(self._uploads), CACHE_MAX
@@ -333,7 +384,14 @@ class Sync:
     def next_deadline(self) -> float:
         """When to call `tick` at the latest."""
         soonest = min(self.mesh.next_deadline(), self._silence_at, self._adopt_at)
-        for at in (self._flush_at, self._want_at, self._downloads.check_at, self._tidy_at):
+        for at in (
+            self._flush_at,
+            self._want_at,
+            self._downloads.check_at,
+            self._tidy_at,
+            self._quorum.next_deadline(),
+            self.presence.next_deadline(),
+        ):
             if at is not None and at < soonest:
                 soonest = at
         return soonest
@@ -393,6 +451,8 @@ class Sync:
         if url is not None:
             self.mesh.topology.connected(url)
         self._send(peer, self.hello)
+        if self.mesh.has_left:
+            self._hang_up(self._links[peer], wire.ByeCode.SHUTDOWN, "closing")
 
     def peer_down(self, peer: int, now: float, reason: str = "closed") -> None:
         """A connection is gone, whoever ended it."""
@@ -400,7 +460,7 @@ class Sync:
         link = self._links.pop(peer, None)
         if link is None:
             return
-        if link.hello is not None:
+        if link.hello is not None and not link.is_visitor:
             event = PeerDisconnected(link.hello.agent, link.hello.writer, reason)
             self._effects.append(Emit(event))
         self._uploads.peer_down(peer)
@@ -452,8 +512,17 @@ class Sync:
         for name in sorted(touched):
             self._serve_asked(name)
             self._maybe_compact(name)
+        if self._quorum:
+            self._quorum.progressed(touched, self._persisted, self._synced)
         if self._broken:
             self._rebuild_broken()
+
+    def synced(self, number: int, now: float) -> None:
+        """Everything persisted up to *number* is synced: a power cut does not take it."""
+        if number > self._synced:
+            self._now, self._synced = now, number
+            if self._quorum:
+                self._quorum.progressed(None, self._persisted, number)
 
     def _persist(self, change: Change, own: Change | None) -> None:
         self._persisted += 1
@@ -472,6 +541,7 @@ class Sync:
             moved = mix(salt, writer, seq)
             if before:
                 moved ^= mix(salt, writer, before)
+            self._commits += seq - before
             self._fingerprint ^= moved
             ledger.fingerprint ^= moved
             committed[writer] = seq
@@ -484,6 +554,7 @@ class Sync:
 
     def receive(self, peer: int, frame: wire.Frame, now: float) -> None:
         """Take in one frame from *peer*. Never raises for what a peer sent."""
+        self._note_sleep(now)
         self._now = now
         link = self._links.get(peer)
         if link is None or link.is_closing:
@@ -511,6 +582,21 @@ class Sync:
                 self.mesh.on_members(link, frame, self._now)
             case wire.Roll():
                 self.mesh.on_roll(link, frame)
+            case wire.Ask():
+                if self._quorum.on_ask(link, frame, self._now, self._persisted, self._synced):
+                    self._pass_on(frame, link, frozenset(frame.names))
+            case wire.Answer():
+                self._quorum.on_answer(frame)
+            case wire.Presence():
+                if self.presence.on_presence(frame, self._now):
+                    self._emit_presence(frame)
+                    self._pass_on(frame, link)
+            case wire.Borrow():
+                self._on_borrow(link)
+            case wire.Lend():
+                raise ProtocolError("a loan that nobody asked for")
+            case wire.Return():
+                self._on_return(frame)
             case wire.Hello():
                 self._on_hello(link, frame)
             case wire.Offer():
@@ -570,9 +656,14 @@ class Sync:
             self._hang_up(link, wire.ByeCode.PRUNED, "too many connections")
             return
         link.hello = hello
-        self._effects.append(Emit(PeerConnected(hello.agent, hello.writer, hello.role)))
+        if not link.is_visitor:
+            self._effects.append(Emit(PeerConnected(hello.agent, hello.writer, hello.role)))
+        if link.is_visitor:
+            return
         self._send_full_haves(link)
         self.mesh.met(link, self._now)
+        for presence in self.presence.all(self._now):
+            self._send(link.peer, presence)
 
     def _is_full(self, hello: wire.Hello) -> bool:
         """Whether this replica has all the connections it can take."""
@@ -616,12 +707,14 @@ class Sync:
 
     def _take(self, link: Link, change: Change) -> None:
         name, writer, seq = key = (change.document, change.writer, change.seq)
+        if not self._takes(name):
+            return
         known = link.known.setdefault(name, Version())
         if known.get(writer, 0) == seq - 1:
             known[writer] = seq
         if seq <= self._version(name).get(writer, 0) or key in self._pending:
             return
-        if writer == self.hello.writer:
+        if writer == self.hello.writer and not self._is_borrowed(name, seq):
             self._reidentify(f"{link.agent} has change {seq} of this writer in {name!r}")
             return
         if self._quarantine and change.data[:CHECKSUM_BYTES] in self._quarantine:
@@ -750,7 +843,7 @@ class Sync:
         outgoing, self._outgoing = self._outgoing, []
         encoded: dict[tuple[int, ...], list[bytes]] = {}
         for link in self._links.values():
-            if not link.is_up or not link.is_greeted or link.is_congested:
+            if not link.is_up or link.is_visitor or not link.is_greeted or link.is_congested:
                 continue
             if not self.mesh.is_eager(link, self._now):
                 continue
@@ -778,13 +871,15 @@ class Sync:
 
     def _on_have(self, link: Link, frame: wire.Have) -> None:
         name = frame.document
+        if not self._takes(name):
+            return
         self._ledger(name)
         acked = link.acked.setdefault(name, Version())
         link.known.setdefault(name, Version()).merge(frame.version)
         acked.merge(frame.version)
         own = frame.version.get(self.hello.writer, 0)
         version = self._version(name)
-        if own > version.get(self.hello.writer, 0):
+        if own > version.get(self.hello.writer, 0) and not self._is_borrowed(name, own):
             self._reidentify(f"{link.agent} has {own} changes of this writer in {name!r}")
             return
         if own and not frame.full:
@@ -970,9 +1065,9 @@ class Sync:
         snapshot = Snapshot.decode(data)
         if snapshot.document != name:
             raise ProtocolError(f"a snapshot of {snapshot.document!r} in place of {name!r}")
-        if snapshot.version.get(self.hello.writer, 0) > self._version(name).get(
-            self.hello.writer, 0
-        ):
+        own = snapshot.version.get(self.hello.writer, 0)
+        is_known = own <= self._version(name).get(self.hello.writer, 0)
+        if not is_known and not self._is_borrowed(name, own):
             self._reidentify(f"a snapshot of {link.agent} has more of this writer in {name!r}")
             return
         document = self._find_or_make(name, snapshot.shared)
@@ -1042,7 +1137,129 @@ class Sync:
             if name == frame.document:
                 wanted.due = max(wanted.due, later)
 
+    # Questions, presence, leases
+
+    def ask(
+        self,
+        document: str,
+        version: Version,
+        names: Iterable[str],
+        now: float,
+        *,
+        durable: bool,
+        tell: bool = False,
+    ) -> Question:
+        """Ask the agents *names* (none: everybody) until they have *version* of a document.
+
+        The `Question`'s answers grow. Call `withdraw` when it is of no more interest.
+        """
+        self._now = now
+        nonce = self._rng.getrandbits(64)
+        question = Question(nonce, frozenset(names), document, version, durable, tell, now)
+        self._quorum.ask(question, self._persisted, self._synced)
+        self._ask_questions()
+        return question
+
+    def withdraw(self, question: Question) -> None:
+        """Ask it no more."""
+        self._quorum.forget(question)
+
+    def _ask_questions(self) -> None:
+        for frame in self._quorum.due(self._now):
+            self._pass_on(frame, None, frozenset(frame.names))
+
+    def catch_up(self, document: str, version: Version, now: float) -> None:
+        """Get *version* of a document as soon as somebody is known to have it."""
+        self._now = now
+        have = self._version(document)
+        for writer, seq in version.items():
+            if seq > have.get(writer, 0):
+                self._want(document, writer, seq, now)
+
+    def _pass_on(
+        self, frame: wire.Frame, source: Link | None, names: frozenset[str] = frozenset()
+    ) -> None:
+        """Send something that is for all members, or for *names*, on from link to link."""
+        if self.mesh.is_direct and source is not None:
+            return
+        links = [link for link in self.peers if link is not source]
+        if names:
+            # Those who are connected need nobody's help.
+            near = [link for link in links if link.agent in names]
+            if len({link.agent for link in near}) >= len(names - {self.hello.agent}):
+                links = near
+        encoded = wire.encode_frame(frame)
+        for link in links:
+            if self.mesh.is_eager(link, self._now) or link.agent in names:
+                self._effects.append(Send(link.peer, encoded))
+
+    def show(self, value: bytes | None, ttl: float, now: float) -> None:
+        """Show everybody a packed value until *ttl* seconds after the last sign of life."""
+        self._now = now
+        self._pass_on(self.presence.show(value, ttl, now), None)
+
+    def _emit_presence(self, frame: wire.Presence) -> None:
+        event = PresenceChanged(frame.agent, frame.writer, frame.value is not None)
+        self._effects.append(Emit(event))
+
+    def _tick_presence(self) -> None:
+        renewed, ended = self.presence.tick(self._now)
+        if renewed is not None:
+            self._pass_on(renewed, None)
+        for writer, agent in ended:
+            self._effects.append(Emit(PresenceChanged(agent, writer, False)))
+
+    def borrow(self, lender: int, seqs: dict[str, int]) -> None:
+        """This replica borrowed its writer from the relay *lender*: it may write once it has
+        *seqs* of it."""
+        self._lender = lender
+        self._borrowed = {name: seq for name, seq in seqs.items() if self._takes(name)}
+
+    def has_borrowed_all(self) -> bool:
+        """Whether everything is here that was written under the borrowed writer."""
+        writer = self.hello.writer
+        self._borrowed = {
+            name: seq
+            for name, seq in self._borrowed.items()
+            if self._version(name).get(writer, 0) < seq
+        }
+        return not self._borrowed
+
+    def give_back(self) -> bool:
+        """Hand the borrowed writer back, if the lender has all that was written. False if not."""
+        writer = self.hello.writer
+        written = {n: v[writer] for n, v in self.documents.versions() if writer in v}
+        for link in self.peers:
+            if link.writer == self._lender and all(
+                link.acked.get(name, _EMPTY).get(writer, 0) >= seq for name, seq in written.items()
+            ):
+                self._send(link.peer, wire.Return(writer, written))
+                return True
+        return False
+
+    def _on_borrow(self, link: Link) -> None:
+        writer, seqs = 0, {}
+        if self.leases is not None:
+            writer = self.leases.lend()
+            seqs = self._committed_of(writer)
+        self._send(link.peer, wire.Lend(writer, seqs))
+
+    def _committed_of(self, writer: int) -> dict[str, int]:
+        return {
+            name: ledger.committed[writer]
+            for name, ledger in self._ledgers.items()
+            if writer in ledger.committed
+        }
+
+    def _on_return(self, frame: wire.Return) -> None:
+        if self.leases is not None:
+            self.leases.take_back(frame.writer, frame.seqs, self._committed_of(frame.writer))
+
     # Identity
+
+    def _is_borrowed(self, name: str, seq: int) -> bool:
+        """Whether an own change that comes from elsewhere is an earlier borrower's."""
+        return seq <= self._borrowed.get(name, 0)
 
     def _reidentify(self, reason: str) -> None:
         if not self._is_reidentifying:
@@ -1071,7 +1288,11 @@ class Sync:
         self._fingerprint = 0
         for ledger in self._ledgers.values():
             ledger.committed, ledger.fingerprint = Version(), 0
+        # The store synced what it kept, and what was told may not be among it.
+        self._synced = self._persisted
+        self._quorum.reset()
         self.mesh.rename(hello)
+        self.presence.rename(hello.writer)
         for link in list(self._links.values()):
             self._hang_up(link, wire.ByeCode.NORMAL, "new writer")
 
@@ -1079,11 +1300,8 @@ class Sync:
 
     def tick(self, now: float) -> None:
         """Do what is due at *now*."""
-        late = now - max(self._now, self.next_deadline())
+        self._note_sleep(now)
         self._now = now
-        if late > self.config.heartbeat:
-            # We were asleep, not they.
-            self.mesh.slept(late)
         if self._flush_at is not None and self._flush_at <= now:
             self._flush_at = None
             self._flush()
@@ -1097,9 +1315,20 @@ class Sync:
         if self._silence_at <= now:
             self._end_silent()
         self.mesh.tick(now)
+        self._ask_questions()
+        self._tick_presence()
         if self._adopt_at <= now:
+            self._quorum.expire(now)
+            self._history.append((now, self._commits))
             self._adopt_at = now + self.config.heartbeat
             self._adopt()
+
+    def _note_sleep(self, now: float) -> None:
+        """If nothing was done here for long, it was this process that slept, not the others."""
+        if now - self._now > self.config.heartbeat:
+            late = now - max(self._now, self.next_deadline())
+            if late > self.config.heartbeat:
+                self.mesh.slept(late)
 
     def _end_silent(self) -> None:
         """Give up the connections on which nothing came for too long."""

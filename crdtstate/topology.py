@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from itertools import islice
 from urllib.parse import urlsplit
 
@@ -169,6 +169,8 @@ class Topology:
             and (target.writer is None or target.writer not in linked)
             and not (target.is_pruned and self._can_do_without(target, links, members))
         ]
+        # Who has waited longest comes first: else the same few would always be tried.
+        open_targets.sort(key=lambda target: target.due)
         busy = sum(target.is_dialling for target in open_targets)
         chosen = []
         again = math.inf
@@ -197,6 +199,9 @@ class Topology:
 
     def _refresh(self, links: Sequence[Link], members: Membership, now: float) -> None:
         """Draw the targets that nobody asked for by name anew."""
+        for target in self._targets.values():
+            if target.writer is None:
+                target.writer = members.writer_at(target.url)
         wanted = self._choose(links, members, now)
         dialled = {link.url for link in links}
         for url, target in list(self._targets.items()):
@@ -221,12 +226,15 @@ class Topology:
         is_small = members.count <= self._config.mesh_max
         relays = sum(1 for x in links if x.hello is not None and x.hello.role == "relay")
         missing_relays = max(0, min(RELAYS, members.relays) - relays)
-        missing = max(missing_relays, self._goal(members) - len(links))
-        if not is_small and missing <= 0 and self._down_at > now:
+        missing = self._goal(members) - len(links)
+        if not is_small and missing_relays <= 0 and missing <= 0 and self._down_at > now:
             return {}
         found = self._reachable(links, members)
         if is_small:
-            return {record.address or "": record for record, _ in found}
+            # Those who are down are many when most of a large mesh is on the other side of a cut.
+            down = [record for record, state in found if state == "down"]
+            given_up = set(self._rank_down(down)[self._config.mesh_max :])
+            return {x.address or "": x for x, _ in found if x.writer not in given_up}
         self._rng.shuffle(found)
         found.sort(key=lambda each: self._rank(each[0].address or ""))
         up = [record for record, state in found if state == "up"]
@@ -241,6 +249,12 @@ class Topology:
         if self._down_at <= now:
             self._down_at = now + DOWN_PAUSE * (0.5 + self._rng.random())
         return {record.address or "": record for record in chosen}
+
+    def _rank_down(self, down: list[Record]) -> list[int]:
+        """The writers of members that are down, those that are tried already first."""
+        self._rng.shuffle(down)
+        down.sort(key=lambda record: record.address not in self._targets)
+        return [record.writer for record in down]
 
     def _rank(self, address: str) -> int:
         """Those that are tried already come first; last come those where that was in vain, or
@@ -273,9 +287,11 @@ class Topology:
 
     # Which links are too many
 
-    def excess(self, links: Sequence[Link], members: Membership, now: float) -> list[Link]:
+    def excess(
+        self, links: Sequence[Link], members: Membership, spared: Container[int], now: float
+    ) -> list[Link]:
         """Links to give up now, if there are too many: none to or from who cannot be dialled,
-        none that this side was given as a seed."""
+        none that this side was given as a seed, and *spared* ones only if there are no others."""
         if members.count <= self._config.mesh_max or self.address is None:
             return []
         between = [link for link in links if self._is_optional(link)]
@@ -285,7 +301,8 @@ class Topology:
         # Young ones are just being told of others to be connected to. A few at a time: else all
         # who were connected to a first seed would look for others at once.
         old = [link for link in between if now - link.since >= STEADY]
-        return self._rng.sample(old, min(len(old), 1 + many // 4))
+        free = [link for link in old if link.peer not in spared]
+        return self._rng.sample(free or old, min(len(free or old), 1 + many // 4))
 
     def _is_optional(self, link: Link) -> bool:
         if link.hello is None or link.is_leaf or link.hello.role == "relay" or link.is_partial:
@@ -298,18 +315,32 @@ def is_dialable(address: str, may_local: bool) -> bool:
     """Whether an address that a peer told may be dialled."""
     try:
         parts = urlsplit(address)
-        known = parts.scheme in ("ws", "wss", "memory") and bool(parts.hostname)
-        return known and (may_local or not is_loopback(address))
+        host, port = parts.hostname, parts.port
     except ValueError:
         return False
+    if parts.scheme not in ("ws", "wss", "memory") or not host or port == 0:
+        return False
+    # Resolvers take 127.1 and 0x7f.1 for numbers, whose meaning is better not guessed.
+    last = host.removesuffix(".").rpartition(".")[2]
+    if (last.isdigit() or last.startswith("0x")) and _ip(host) is None:
+        return False
+    return may_local or not is_loopback(address)
 
 
 def is_loopback(address: str) -> bool:
     """Whether an address leads to whoever dials it."""
-    host = urlsplit(address).hostname or ""
-    if host == "localhost" or address.startswith("memory:"):
+    host = (urlsplit(address).hostname or "").removesuffix(".")
+    if host.rpartition(".")[2] == "localhost" or address.startswith("memory:"):
         return True
+    found = _ip(host)
+    if isinstance(found, IPv6Address):
+        found = found.ipv4_mapped or found
+    # Of the unspecified address one's own host is meant, by whoever dials it.
+    return found is not None and (found.is_loopback or found.is_unspecified)
+
+
+def _ip(host: str) -> IPv4Address | IPv6Address | None:
     try:
-        return ip_address(host).is_loopback
+        return ip_address(host)
     except ValueError:
-        return False
+        return None

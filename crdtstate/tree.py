@@ -7,6 +7,10 @@ passes the first copy of a wave on at once. The link on which it came first lead
 the other side learns that, and so the link is *eager* on both sides. Changes go along eager links;
 what the others lack for whatever reason is announced on all links and asked for (`sync`).
 
+A parent is kept while it delivers waves hardly later than others do, and was nearer to the root
+when it got them: waves count their hops. Without that, some who are each other's parents in a
+circle would pass every wave on to each other in time, and never part.
+
 It is the spanning tree protocol of Ethernet bridges (Perlman 1985) in place of PlumTree (Leitão
 et al. 2007), whose tree suits a single writer and never settles with many. A root counts as alive
 only while its waves rise: an older wave, still told by others, must not bring it back (the "count
@@ -22,6 +26,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from crdtstate.wire import WAVE_HOPS_MAX
+
 ROOT_SILENCE = 3.5
 """Heartbeats without a new wave after which the root counts as lost."""
 
@@ -32,6 +38,8 @@ FLOOD = 2.0
 """Seconds for which all links are eager after a parent or root was lost."""
 
 ROOTS_MAX = 256
+HOPS_MAX = WAVE_HOPS_MAX
+"""Hops are not counted further: that far from the root, a parent is kept only while it is first."""
 
 
 class Root(NamedTuple):
@@ -45,6 +53,7 @@ class Root(NamedTuple):
 class _Heard:
     root: Root
     wave: int
+    hops: int
 
 
 class Tree:
@@ -60,6 +69,8 @@ class Tree:
         self.me = me
         self.root = me
         self.wave = 0
+        # How many passed that wave on until it was here.
+        self.hops = 0
         self.parent: int | None = None
         self.children: set[int] = set()
         self._own_wave = 0
@@ -90,15 +101,17 @@ class Tree:
 
     # Hearing
 
-    def on_beat(self, peer: int, root: Root, wave: int, is_parent: bool, now: float) -> bool:
+    def on_beat(
+        self, peer: int, root: Root, wave: int, hops: int, is_parent: bool, now: float
+    ) -> bool:
         """Take in a heartbeat. True if it brought a new wave: pass it on, on all links, at once."""
         if is_parent:
             self.children.add(peer)
         else:
             self.children.discard(peer)
-        self._heard[peer] = _Heard(root, wave)
+        self._heard[peer] = heard = _Heard(root, wave, hops)
         if wave <= self._waves.get(root, 0) or root == self.me:
-            if peer == self.parent and root == self.root and wave == self.wave:
+            if peer == self.parent and self._is_upstream(heard):
                 self._decide_at = self._rival = None
             return False
         self._note_wave(root, wave)
@@ -112,14 +125,19 @@ class Tree:
             self._rival, self._decide_at = peer, now + PATIENCE
         else:
             self._decide_at = self._rival = None
-        self.wave, self._wave_at = wave, now
+        self.wave, self.hops, self._wave_at = wave, min(hops + 1, HOPS_MAX), now
         return True
+
+    def _is_upstream(self, heard: _Heard) -> bool:
+        """Whether a neighbour had the present wave by a shorter way, so not from here."""
+        return heard.root == self.root and heard.wave == self.wave and heard.hops < self.hops
 
     def _note_wave(self, root: Root, wave: int) -> None:
         self._waves[root] = wave
         self._waves.move_to_end(root)
         if len(self._waves) > ROOTS_MAX:
-            self._waves.popitem(last=False)
+            # The present root may be older than a crowd of others.
+            del self._waves[next(each for each in self._waves if each != self.root)]
 
     def _follow(self, root: Root, peer: int | None, now: float) -> None:
         self.root, self.parent = root, peer
@@ -138,9 +156,7 @@ class Tree:
             (
                 other
                 for other, heard in self._heard.items()
-                if heard.root == self.root
-                and heard.wave >= self.wave - 1
-                and other not in self.children
+                if self._is_upstream(heard) and other not in self.children
             ),
             None,
         )
@@ -154,7 +170,7 @@ class Tree:
         if self.root != self.me:
             return False
         self._own_wave += 1
-        self.wave, self._wave_at = self._own_wave, now
+        self.wave, self.hops, self._wave_at = self._own_wave, 0, now
         return True
 
     def tick(self, now: float) -> list[int]:
@@ -169,7 +185,7 @@ class Tree:
             before = self.parent
             if self.root != self.me:
                 self._follow(self.me, None, now)
-                self.wave = self._own_wave
+                self.wave, self.hops = self._own_wave, 0
             self._wave_at = now
             return [] if before is None else [before]
         return []

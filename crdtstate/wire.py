@@ -27,6 +27,7 @@ import msgpack
 import zstandard
 
 from crdtstate.clock import SEQ_MAX, WRITER_MAX, Version
+from crdtstate.config import VOTERS_MAX
 from crdtstate.errors import ProtocolError, UsageError
 
 PROTOCOL_MIN = PROTOCOL_MAX = 1
@@ -65,9 +66,14 @@ LOST_MAX = 1024
 
 ORDER_MAX = 2**54
 WAVE_MAX = 2**53
+WAVE_HOPS_MAX = 255
 CHUNK_BYTES_MAX = 64 * 2**10
 SNAPSHOT_BYTES_MAX = 2**30
 NAME_CHARS_MAX = 200
+HOPS_MAX = 64
+DOCUMENTS_MAX = 10_000
+PRESENCE_MAX = 4096
+TTL_MS_MAX = 3600 * 1000
 PATTERNS_MAX = 100
 """Names of documents in a Hello."""
 DIGEST_BYTES = 32
@@ -159,7 +165,9 @@ class Heartbeat:
     root: int = 0
     """Priority and session of whom the sender takes for the root of the tree."""
     wave: int = 0
-    """The newest wave of that root that reached the sender."""
+    """The newest wave of that root that reached the sender,"""
+    hops: int = 0
+    """and how many passed it on until then."""
     is_parent: bool = False
     """The receiver is the sender's parent in the tree."""
     members: int = 0
@@ -277,14 +285,91 @@ class Busy:
     retry_after_ms: int
 
 
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Tell me when you have *version* of a document; see `quorum`."""
+
+    nonce: int
+    attempt: int
+    """Counts how often it was asked; only the newest is passed on."""
+    names: tuple[str, ...]
+    """The agents that are asked; none: all."""
+    document: str
+    version: Version
+    durable: bool = False
+    """Have it so that a power cut does not take it."""
+    tell: bool = False
+    """Say which version you have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What *agent* says to a question."""
+
+    nonce: int
+    agent: str
+    version: Version
+    hops: int = HOPS_MAX
+    """How often it may still be passed on: the ways back of two questions can form a circle."""
+
+
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """What an agent shows now, until *ttl_ms* milliseconds from now; None: nothing."""
+
+    writer: int
+    agent: str
+    count: int
+    """Rises with each of this writer."""
+    ttl_ms: int
+    value: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Borrow:
+    """May I write under a writer of yours? See `leases`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lend:
+    """Yes, under *writer*, once you have this of it: document -> seq. Writer 0: no."""
+
+    writer: int
+    seqs: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    """Here is your writer back, with this written under it: document -> seq."""
+
+    writer: int
+    seqs: dict[str, int]
+
+
 Frame = (
-    Hello | Bye | Heartbeat | Members | Roll | Changes | Have | Want | Offer | Get | Chunk | Busy
+    Hello
+    | Bye
+    | Heartbeat
+    | Members
+    | Roll
+    | Changes
+    | Have
+    | Want
+    | Offer
+    | Get
+    | Chunk
+    | Busy
+    | Ask
+    | Answer
+    | Borrow
+    | Lend
+    | Return
+    | Presence
 )
 
 
-# Encoding. Type numbers are for ever. Set aside for what is planned: 1, 6-10, 19-22, 27, 30,
-# 31, 34-38, 40 (welcome, probes, subscriptions, bucketed versions, writers'
-# acknowledgements, stability, end of snapshot, credit, error, read barrier, leases, presence).
+# Encoding. Type numbers are for ever. Set aside for what is planned: 1, 6-10, 19-22, 27, 30, 31
+# (welcome, probes, bucketed versions, acknowledgements, stability, end of snapshot, credit, error).
 
 
 def encode_frame(frame: Frame) -> bytes:
@@ -335,10 +420,10 @@ def _to_array(frame: Frame) -> tuple[Any, ...]:
             return (17, document, version.flat(), full)
         case Want(document, ranges):
             return (18, document, tuple(chain.from_iterable(ranges)))
-        case Heartbeat(fingerprint, neighbours, priority, root, wave, is_parent, members):
+        case Heartbeat(fingerprint, neighbours, priority, root, wave, hops, is_parent, members):
             # None and () differ, and arrays are read as arrays: hence the flag.
             told = neighbours is not None
-            tree = (priority, root, wave, is_parent)
+            tree = (priority, root, wave, hops, is_parent)
             return (3, fingerprint, told, neighbours or (), *tree, members)
         case Members(records):
             return (4, records)
@@ -355,6 +440,18 @@ def _to_array(frame: Frame) -> tuple[Any, ...]:
         case Hello(low, high, writer, session, agent, role, address, is_durable, documents):
             who = (writer, session, agent, ROLES.index(role), address, is_durable)
             return (0, low, high, *who, documents is not None, documents or ())
+        case Ask(nonce, attempt, names, document, version, durable, tell):
+            return (34, nonce, attempt, names, document, version.flat(), durable, tell)
+        case Answer(nonce, agent, version, hops):
+            return (35, nonce, agent, version.flat(), hops)
+        case Borrow():
+            return (36,)
+        case Lend(writer, seqs):
+            return (37, writer, tuple(seqs), tuple(seqs.values()))
+        case Return(writer, seqs):
+            return (38, writer, tuple(seqs), tuple(seqs.values()))
+        case Presence(writer, agent, count, ttl_ms, value):
+            return (40, writer, agent, count, ttl_ms, value)
         case Bye(code, reason):
             return (2, code, reason)
 
@@ -465,7 +562,11 @@ def _read_frame(source: msgpack.Unpacker, length: int, kind: int) -> Frame | Non
     return frame
 
 
-_LENGTHS = {0: 11, 2: 3, 3: 9, 4: 2, 5: 3, 16: 4, 17: 4, 18: 3, 24: 4, 25: 4, 26: 5, 28: 3}
+_LENGTHS = {
+    **{0: 11, 2: 3, 3: 10, 4: 2, 5: 3},
+    **{16: 4, 17: 4, 18: 3, 24: 4, 25: 4, 26: 5, 28: 3},
+    **{34: 8, 35: 5, 36: 1, 37: 4, 38: 4, 40: 6},
+}
 """How many values a frame's array has at least, by type."""
 
 
@@ -488,6 +589,7 @@ def _read_fields(source: msgpack.Unpacker, kind: int) -> Frame:
                 priority=_number(read(), 0, PRIORITY_MAX),
                 root=_number(read(), 0, UINT64_MAX),
                 wave=_number(read(), 0, WAVE_MAX),
+                hops=_number(read(), 0, WAVE_HOPS_MAX),
                 is_parent=_flag(read()),
                 members=_number(read(), 0, UINT64_MAX),
             )
@@ -508,6 +610,33 @@ def _read_fields(source: msgpack.Unpacker, kind: int) -> Frame:
             return Chunk(document, digest, offset, _sized(read(), bytes, 0, CHUNK_BYTES_MAX))
         case 28:
             return Busy(_name(read()), _number(read(), 0, RETRY_MS_MAX))
+        case 34:
+            return Ask(
+                nonce=_number(read(), 0, UINT64_MAX),
+                attempt=_number(read(), 1, 2**32),
+                names=tuple(map(_agent, _read_array(source, VOTERS_MAX, str))),
+                document=_name(read()),
+                version=_read_version(source),
+                durable=_flag(read()),
+                tell=_flag(read()),
+            )
+        case 35:
+            nonce, agent = _number(read(), 0, UINT64_MAX), _agent(read())
+            return Answer(nonce, agent, _read_version(source), _number(read(), 0, HOPS_MAX))
+        case 36:
+            return Borrow()
+        case 37:
+            return Lend(_number(read(), 0, WRITER_MAX), _read_seqs(source))
+        case 38:
+            return Return(_number(read(), 1, WRITER_MAX), _read_seqs(source))
+        case 40:
+            return Presence(
+                writer=_number(read(), 1, WRITER_MAX),
+                agent=_agent(read()),
+                count=_number(read(), 0, UINT64_MAX),
+                ttl_ms=_number(read(), 0, TTL_MS_MAX),
+                value=None if (value := read()) is None else _sized(value, bytes, 0, PRESENCE_MAX),
+            )
         case 2:
             return Bye(_number(read(), 0, 0xFFFF), _sized(read(), str, 0, 500))
         case _:
@@ -516,7 +645,7 @@ def _read_fields(source: msgpack.Unpacker, kind: int) -> Frame:
                 proto_max=_number(read(), 1, 0xFFFF),
                 writer=_number(read(), 1, WRITER_MAX),
                 session=_number(read(), 0, UINT64_MAX),
-                agent=_sized(read(), str, 1, 100),
+                agent=_agent(read()),
                 role=ROLES[_number(read(), 0, len(ROLES) - 1)],
                 address=_address(read()),
                 is_durable=_flag(read()),
@@ -542,7 +671,7 @@ def decode_record(data: bytes) -> Record:
 def _read_record(source: msgpack.Unpacker) -> Record:
     read = source.unpack
     writer, session = _number(read(), 1, WRITER_MAX), _number(read(), 0, UINT64_MAX)
-    seq, agent = _number(read(), 1, ORDER_MAX // 2 - 1), _sized(read(), str, 1, 100)
+    seq, agent = _number(read(), 1, ORDER_MAX // 2 - 1), _agent(read())
     role, flags = ROLES[_number(read(), 0, len(ROLES) - 1)], _number(read(), 0, 3)
     address = _address(read())
     links = _within(_read_array(source, NEIGHBOURS_MAX, int), WRITER_MAX)
@@ -616,6 +745,18 @@ def _sized(value: Any, cls: type[_Sized], low: int, high: int) -> _Sized:
     if type(value) is not cls or not low <= len(value) <= high:
         raise ProtocolError(f"not {cls.__name__} of length {low} to {high}")
     return value
+
+
+def _agent(value: Any) -> str:
+    return _sized(value, str, 1, 100)
+
+
+def _read_seqs(source: msgpack.Unpacker) -> dict[str, int]:
+    names = tuple(map(_name, _read_array(source, DOCUMENTS_MAX, str)))
+    seqs = _within(_read_array(source, DOCUMENTS_MAX, int), SEQ_MAX)
+    if len(set(names)) != len(seqs):
+        raise ProtocolError("not one seq for each document")
+    return dict(zip(names, seqs, strict=True))
 
 
 def _address(value: Any) -> str | None:

@@ -322,6 +322,20 @@ def test_the_size_is_what_the_snapshot_lacks(open_store: Opener) -> None:
     assert opened.store.size("plan") == 300
 
 
+def test_what_is_kept_is_all_that_was_not_forgotten(open_store: Opener) -> None:
+    opened = open_store()
+    opened.append(*[change("plan", ANNA, seq, size=100) for seq in range(1, 6)])
+    opened.append(change("plan", BERT, 1, size=50), change("notes", BERT, 1, size=10))
+    assert opened.store.kept("plan") == 550
+
+    opened.compact("plan", {ANNA: 4}, keep_bytes=200)
+    assert opened.store.kept("plan") == 350
+    assert (opened.store.kept("notes"), opened.store.kept("nothing")) == (10, 0)
+
+    opened.store.forget(ANNA, {"plan": 4})
+    assert opened.store.kept("plan") == 250
+
+
 # Removing
 
 

@@ -15,7 +15,7 @@ import random
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,13 +23,17 @@ from crdtstate import document as document_module
 from crdtstate import lanes as lanes_module
 from crdtstate import transfer as transfer_module
 from crdtstate import wire as wire_module
+from crdtstate.clock import Dot, Version
 from crdtstate.config import Config
+from crdtstate.consistency import Confirm, Confirmation, Receipt, StrongRead, StrongWrite
 from crdtstate.document import Document
 from crdtstate.simulation.disk import Image
+from crdtstate.simulation.linear import History, check
 from crdtstate.simulation.network import Datagrams
 from crdtstate.simulation.oracle import TOKENS, Violation
-from crdtstate.simulation.shell import SimulatedReplica
+from crdtstate.simulation.shell import Machine, SimulatedReplica
 from crdtstate.simulation.world import Simulation
+from crdtstate.values import pack, unpack
 
 CHANGES = 60
 """Writes of one seed, unless told otherwise."""
@@ -46,7 +50,15 @@ COPIES_MAX = 5
 MESH_MAX = 16
 """Agents that are connected with each other; more go through a relay."""
 
+LASTING = 15.0
+"""Seconds within which a strong operation must end when nothing is wrong."""
+
 KEYS = ("a", "b", "c")
+
+STRONG = "strong"
+STRONG_VIEW = "mplan"
+STRONG_KEYS = ("x", "y")
+"""Where strong reads and writes go, and nothing else."""
 
 SIZES = (3,) * 12 + (4,) * 9 + (5,) * 5 + (6,) * 3 + (8,)
 """Agents of a seed: mostly few, for faults to meet."""
@@ -184,6 +196,11 @@ class _History:
     ) -> None:
         self.rng = rng
         self.changes = changes
+        # Strong reads and writes, in the order in which they began and ended.
+        self.history = History()
+        self._moments = 0
+        # Voters that lost what they had promised to keep: then nothing strong is promised.
+        self.forgetful: set[str] = set()
         if agents is not None and agents > MESH_MAX:
             options["relays"] = options.get("relays") or 1
         self.sim = Simulation(seed, agents or self._draw_size(), **options)
@@ -206,6 +223,97 @@ class _History:
         oracle.expect(oracle.copies <= limit, "I6", f"{oracle.copies} copies of {changes} changes")
         for replica in self.sim.replicas:
             self.sim.oracle.check_leftovers(replica)
+
+    # Strong reads and writes, and write concern
+
+    def schedule_strong(self, count: int) -> None:
+        """Let agents read and write strongly, and wait for confirmations."""
+        for number in range(count):
+            name, at = self.rng.choice(self.sim.names), self.rng.uniform(0.5, self.active)
+            act = self.rng.choice((self.read, self.write_strongly, self.confirm))
+            self.sim.at(at, partial(act, name, number))
+
+    def _moment(self) -> float:
+        """The place of what happens now among all that happens."""
+        self._moments += 1
+        return float(self._moments)
+
+    def _free(self, name: str) -> SimulatedReplica | None:
+        replica = self.sim.up(name)
+        return None if replica is None or replica.busy_until > self.sim.now else replica
+
+    def read(self, name: str, number: int) -> None:
+        """Read a key strongly."""
+        if (replica := self._free(name)) is None:
+            return
+        key = STRONG_KEYS[number % len(STRONG_KEYS)]
+        voters = self.sim.config.voters
+        document = replica.document(STRONG)
+        machine = StrongRead(replica.core, document, STRONG_VIEW, key, voters, self.sim.now)
+        call = self.history.call(name, "read", key, None, self._moment())
+
+        def done() -> None:
+            value = None if machine.value is None else unpack(machine.value)
+            self.history.returned(call, value, self._moment())
+
+        self._start(replica, machine, done)
+
+    def write_strongly(self, name: str, number: int) -> None:
+        """Write a key strongly; no value twice."""
+        if (replica := self._free(name)) is None:
+            return
+        key = STRONG_KEYS[number % len(STRONG_KEYS)]
+        voters = self.sim.config.voters
+        document = replica.document(STRONG)
+        machine = StrongWrite(replica.core, document, STRONG_VIEW, key, voters, self.sim.now)
+        machine.value = pack(number, "a number")
+        call = self.history.call(name, "write", key, number, self._moment())
+        self._start(replica, machine, lambda: self.history.returned(call, number, self._moment()))
+
+    def confirm(self, name: str, number: int) -> None:
+        """Write something, and have it confirmed by a majority, on disk (I13)."""
+        if (replica := self._free(name)) is None:
+            return
+        document = replica.document("main")
+        document.map("plan")[self.rng.choice(KEYS)] = number
+        replica.seal_now(document)
+        dot = Dot(replica.writer, document.version.get(replica.writer, 0))
+        versions = {"main": Version([dot])}
+        confirm, voters = Confirm.majority(durable=True), self.sim.config.voters
+        machine = Confirmation(replica.core, confirm, versions, voters, self.sim.now)
+        self._start(replica, machine, lambda: self._check_receipt(machine.receipt, dot))
+
+    def _check_receipt(self, receipt: Receipt, dot: Dot) -> None:
+        for name in receipt.by:
+            kept = self.sim.synced_version(name, "main")
+            if name not in self.forgetful:
+                detail = f"{name} confirmed {dot.writer:x}:{dot.seq} and has synced {kept}"
+                self.sim.oracle.expect(kept.covers(dot), "I13", detail)
+
+    def _start(
+        self, replica: SimulatedReplica, machine: Machine, on_done: Callable[[], None]
+    ) -> None:
+        def expire() -> None:
+            if replica.is_alive:
+                replica.stop_machine(machine)
+
+        patience = LASTING if self.sim.now > self.active else self.rng.choice((0.5, 3.0, 10.0))
+        self.sim.at(self.sim.now + patience, expire)
+        replica.start(machine, on_done)
+
+    def check_strong(self) -> None:
+        """Strong reads and writes are linearizable (I12), and go on once all is repaired."""
+        before = len(self.history.operations())
+        for number, name in enumerate(self.sim.names[:2]):
+            self.read(name, number)
+            self.write_strongly(name, 1000 + number)
+        self.sim.run(LASTING)
+        if not self.forgetful:
+            for operation in self.history.operations()[before:]:
+                lasting = operation.returned is not None
+                self.sim.oracle.expect(lasting, "I12", f"{operation} does not end")
+            anomaly = check(self.history.operations())
+            self.sim.oracle.expect(anomaly is None, "I12", str(anomaly))
 
     def _compare_views(self) -> None:
         """What users read must be the same everywhere."""
@@ -315,13 +423,19 @@ class _Nasty(_History):
     """Everything goes wrong that can."""
 
     def __init__(self, seed: int, rng: random.Random, agents: int | None, changes: int) -> None:
+        self.rng = rng
+        agents = agents or self._draw_size()
+        relays = rng.choice((0, 0, 0, 1, 2))
+        names = [f"relay-{i}" for i in range(relays)] or [f"agent-{i}" for i in range(agents)]
         options: dict[str, Any] = {
             "latency": rng.choice(((0.0005, 0.003), (0.01, 0.05), (0.01, 0.2))),
-            "relays": rng.choice((0, 0, 0, 1, 2)),
+            "relays": relays,
             "seeds": rng.choice((None, None, 1, 2)),
             "skew": rng.choice((0.0, 0.5, 100.0)),
             "durability": rng.choice(("process", "process", "power")),
-            "config": _draw_config(rng),
+            "config": replace(
+                _draw_config(rng), voters=tuple(rng.sample(names, min(3, len(names))))
+            ),
         }
         if rng.random() < 0.35:
             options["loss"] = rng.choice((0.0, 0.02, 0.15))
@@ -337,12 +451,14 @@ class _Nasty(_History):
     def run(self) -> None:
         with _tight(self.segment_slots, self.chunk_bytes, self.rng.choice((1, 3, 8))):
             self.schedule_writes()
+            self.schedule_strong(12)
             self.schedule_faults()
             self.sim.oracle.on_commit = self._snipe
             self.sim.run(self.active)
             self.sim.oracle.on_commit = lambda replica: None
             self.repair()
             self.settle()
+            self.check_strong()
 
     # Faults
 
@@ -423,6 +539,7 @@ class _Nasty(_History):
             return
         if name in self.backups and self.rng.random() < 0.5:
             self.sim.put_back(name, self.backups.pop(name))
+            self.forgetful.add(name)
         self.sim.restart(name)
 
     def _back_up(self) -> None:

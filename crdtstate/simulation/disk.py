@@ -242,6 +242,11 @@ class Disk:
         self._sync(self.queued)
         self._committed_versions = {n: v.copy() for n, v in self._image.versions.items()}
 
+    def hurry(self) -> None:
+        """Sync sooner."""
+        if self.synced < self.committed:
+            self._call_later(self._rng.uniform(0.0005, 0.01), self._sync_all)
+
     def stall(self, until: float, now: Callable[[], float]) -> None:
         """Commit nothing before *until*, as a disk that is full or busy."""
         self._stalled_until = lambda: until - now()
@@ -285,7 +290,9 @@ class Disk:
 
     def _sync_all(self) -> None:
         self._is_syncing = False
-        self._sync(self.committed)
+        if self.synced < self.committed:
+            self._sync(self.committed)
+            self._on_progress()
 
     def _sync(self, goal: int) -> None:
         while self.synced < goal:

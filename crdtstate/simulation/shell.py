@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from crdtstate import sync, wire
 from crdtstate.change import Change, Snapshot, decode_change
 from crdtstate.config import Config
+from crdtstate.consistency import Confirmation, StrongRead, StrongWrite
 from crdtstate.document import Document
 from crdtstate.documents import DocumentSet
 from crdtstate.errors import ReplicaClosed
@@ -29,6 +30,8 @@ from crdtstate.stores import Entry, Saved
 
 if TYPE_CHECKING:
     from crdtstate.simulation.oracle import Oracle
+
+Machine = Confirmation | StrongRead | StrongWrite
 
 EPOCH_MS = 1_700_000_000_000
 """The wall time at the beginning of every simulation."""
@@ -91,12 +94,15 @@ class SimulatedReplica(DocumentSet):
         self._session = self.rng.getrandbits(64)
         self._links: dict[int, End] = {}
         self._peers = 0
+        # Machines of `consistency` that run, and what to call when each is done.
+        self._machines: list[tuple[Machine, Callable[[], None]]] = []
         # Ends with something in the outbox, in order.
         self._unsent: dict[int, End] = {}
         self._is_awake = False
         self._is_pumping = False
         self._armed_at: float | None = None
         self._tickets: deque[tuple[int, int]] = deque()
+        self._unsynced: deque[tuple[int, int]] = deque()
         self._base: dict[str, int] = {}
         self._recover()
 
@@ -218,6 +224,7 @@ class SimulatedReplica(DocumentSet):
         while effects := self.core.effects():
             self._carry_out(effects)
             self._note_commits()
+            self._poll_machines()
         self._arm_timer()
         self._is_pumping = False
         unsent, self._unsent = self._unsent, {}
@@ -250,6 +257,8 @@ class SimulatedReplica(DocumentSet):
                 case sync.Emit(event):
                     self._oracle.heard(self, event)
                     self._on_event(self, event)
+                case sync.Hurry():
+                    self._disk.hurry()
                 case sync.Rebuild(name):
                     self._append(batch)
                     batch = []
@@ -259,6 +268,23 @@ class SimulatedReplica(DocumentSet):
                     self._reidentify(reason)
                     return
         self._append(batch)
+
+    def start(self, machine: Machine, on_done: Callable[[], None]) -> None:
+        """Let a machine of `consistency` run; *on_done* is called when it is done."""
+        self._machines.append((machine, on_done))
+        self._poll_machines()
+        self._wake()
+
+    def stop_machine(self, machine: Machine) -> None:
+        """Its time is up."""
+        self._machines = [each for each in self._machines if each[0] is not machine]
+        machine.close()
+
+    def _poll_machines(self) -> None:
+        for machine, on_done in list(self._machines):
+            if machine.poll(self._schedule.now):
+                self.stop_machine(machine)
+                on_done()
 
     def _append(self, batch: list[tuple[int, Change]]) -> None:
         if batch:
@@ -275,12 +301,18 @@ class SimulatedReplica(DocumentSet):
         self.core.compacted(effect.document, self._disk.floor(effect.document))
 
     def _note_commits(self) -> None:
-        number = 0
+        ticket = number = 0
         while self._tickets and self._tickets[0][0] <= self._disk.committed:
-            number = self._tickets.popleft()[1]
+            ticket, number = self._tickets.popleft()
         if number:
+            self._unsynced.append((ticket, number))
             self.core.committed(number, self._schedule.now)
             self._oracle.committed(self)
+        number = 0
+        while self._unsynced and self._unsynced[0][0] <= self._disk.synced:
+            number = self._unsynced.popleft()[1]
+        if number:
+            self.core.synced(number, self._schedule.now)
 
     def _arm_timer(self) -> None:
         at = self.core.next_deadline()
@@ -319,6 +351,7 @@ class SimulatedReplica(DocumentSet):
         for name, seq in self.core.own_acked.items():
             self._base[name] = max(seq, self._base.get(name, 0))
         self._tickets.clear()
+        self._unsynced.clear()
         self._disk.forget(old, self._base)
         self._disk.start(self.agent, new, self._wake)
         self._writer = new

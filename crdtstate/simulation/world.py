@@ -377,6 +377,10 @@ class Simulation:
         """A copy of what is certainly on a host's disk now; see `put_back`."""
         return self._host(name).disk.backup()
 
+    def synced_version(self, name: str, document: str) -> Version:
+        """What of a document is on a host's disk for good, whatever happens."""
+        return self._host(name).disk.promised(power=True).get(document, Version())
+
     def put_back(self, name: str, backup: Image, *, unnoticed: bool = False) -> None:
         """Put a backup on the disk of a host that is down: as another file, or *unnoticed*, as
         rolling back a virtual machine does."""

@@ -79,6 +79,9 @@ class Store(Protocol):
         """Queue *entries* for one atomic commit and return the ticket. Never raises for the
         disk's sake: see `failure`."""
 
+    def hurry(self) -> None:
+        """Sync what is committed soon: somebody waits for it. Returns at once."""
+
     def retry(self) -> None:
         """Try again to write what waits after a `failure`."""
 
@@ -111,6 +114,9 @@ class Store(Protocol):
 
     def size(self, document: str) -> int:
         """Bytes of changes in the journal that the document's snapshot does not contain."""
+
+    def kept(self, document: str) -> int:
+        """Bytes of all changes in the journal, those that the snapshot contains as well."""
 
     def close(self, *, clean: bool = True) -> None:
         """Write what waits and close; *clean* says that nothing was lost. Idempotent."""

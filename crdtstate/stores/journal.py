@@ -265,6 +265,10 @@ class Journal:
         """Bytes of changes, queued ones too, that the document's snapshot does not contain."""
         return self._indexes.get(document, NO_CHANGES).size
 
+    def kept(self, document: str) -> int:
+        """Bytes of all changes in the journal, queued ones too."""
+        return self._indexes.get(document, NO_CHANGES).kept
+
     # Writing
 
     def append(self, entries: Sequence[Entry]) -> int:
@@ -318,6 +322,10 @@ class Journal:
             self._transact([(DELETE_CHANGE, rows)])
         for document, index in self._indexes.items():
             index.cut(writer, after.get(document, 0))
+
+    def hurry(self) -> None:
+        """Let the upkeep sync what is committed now, and not in its own time."""
+        self._urgent.set()
 
     def retry(self) -> None:
         """Try again to write what waits after a `failure`."""

@@ -60,6 +60,10 @@ class MemoryStore:
         """Bytes of changes that the document's snapshot does not contain."""
         return self._indexes.get(document, NO_CHANGES).size
 
+    def kept(self, document: str) -> int:
+        """Bytes of all changes that are here."""
+        return self._indexes.get(document, NO_CHANGES).kept
+
     # Writing
 
     def append(self, entries: Sequence[Entry]) -> int:
@@ -72,6 +76,9 @@ class MemoryStore:
         self.committed += 1
         self.synced += 1
         return self.committed
+
+    def hurry(self) -> None:
+        """Nothing to do."""
 
     def retry(self) -> None:
         """Nothing to do: nothing fails."""
