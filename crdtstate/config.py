@@ -68,6 +68,9 @@ class Config:
     """Bytes waiting for one slow peer before live changes are no longer queued for it; it then
     pulls what it lacks at its own pace."""
 
+    outbox_bytes_total: int = 64 * 2**20
+    """The same for all peers together; beyond, those with more than 64 KB waiting are slow ones."""
+
     unsaved_bytes: int = 64 * 2**20
     """Local changes that may wait in memory while the store refuses them. Beyond, writing raises
     StoreUnavailable."""

@@ -43,6 +43,8 @@ class Link:
     # Its fingerprints of versions and of members in its newest heartbeat, and ours then.
     told: tuple[int, int, int, int] | None = None
     strikes: int = 0
+    # What it asked for and has not left yet.
+    bulk_bytes: int = 0
 
     @property
     def dialled(self) -> bool:

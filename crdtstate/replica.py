@@ -60,6 +60,7 @@ from crdtstate.events import (
 from crdtstate.identity import draw_writer, may_keep_writer
 from crdtstate.link import takes
 from crdtstate.membership import Member
+from crdtstate.outbox import Lane, Outbox
 from crdtstate.slots import SEPARATOR
 from crdtstate.stores import Entry, Saved, Store
 from crdtstate.stores.journal import Journal
@@ -77,6 +78,12 @@ DIAL_TIMEOUT = 3.0
 STORE_RETRY = 1.0
 FAREWELL = 1.0
 """How long closing waits for what is queued to leave."""
+
+CONTROL_BYTES_MAX = 8 * 2**20
+"""Bytes that a peer may leave unread before its connection is cut."""
+
+FAIR_BYTES = 64 * 2**10
+"""Bytes that each peer may leave unread also when all together leave too many."""
 
 REJECTED_MAX = 8
 
@@ -128,8 +135,7 @@ class _Link:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self.outbox: deque[bytes] = deque()
-        self.outbox_bytes = 0
+        self.outbox = Outbox()
         self.is_congested = False
         self.wake = asyncio.Event()
         self.ending: tuple[wire.ByeCode, str] | None = None
@@ -226,6 +232,7 @@ class Replica(DocumentSet):
         self._listener: Listener | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._links: dict[int, _Link] = {}
+        self._queued_bytes = 0
         self._link_ended = asyncio.Event()
         self._next_peer = 1
         # Where the pump is: called soon, or running.
@@ -706,7 +713,7 @@ class Replica(DocumentSet):
             assert link.hello is not None
             hello = link.hello
             shell = self._links.get(link.peer)
-            queued = shell.outbox_bytes if shell else 0
+            queued = shell.outbox.size_bytes if shell else 0
             lag = self._sync.lag(link.peer)
             seconds = self._sync.lag_seconds(link.peer, self._loop.time())
             who = (hello.agent, hello.writer, hello.role, hello.address)
@@ -825,8 +832,8 @@ class Replica(DocumentSet):
         """Carry out *effects*; what is left in *batch* is still to be appended."""
         for effect in effects:
             match effect:
-                case sync.Send(peer, frame):
-                    self._enqueue(peer, frame)
+                case sync.Send(peer, frame, lane):
+                    self._enqueue(peer, frame, lane)
                 case sync.Persist(number, change):
                     entry = Entry(change.document, change.writer, change.seq, change.data)
                     batch.append((number, entry))
@@ -1110,6 +1117,8 @@ class Replica(DocumentSet):
             sender.cancel()
             connection.abort()
             self._links.pop(peer, None)
+            self._queued_bytes -= link.outbox.size_bytes
+            link.outbox.clear()
             self._link_ended.set()
             if self._state == "open":
                 reason = link.ending[1] if link.ending else reason
@@ -1127,14 +1136,22 @@ class Replica(DocumentSet):
             self._sync.receive(peer, frame, now)
         self._pump()
 
-    def _enqueue(self, peer: int, frame: bytes) -> None:
+    def _enqueue(self, peer: int, frame: bytes, lane: Lane) -> None:
         link = self._links.get(peer)
         if link is None:
             return
-        link.outbox.append(frame)
-        link.outbox_bytes += len(frame)
+        link.outbox.push(frame, lane)
+        self._queued_bytes += len(frame)
         link.wake.set()
-        if link.outbox_bytes > self.config.outbox_bytes and not link.is_congested:
+        waiting, config = link.outbox.urgent_bytes, self.config
+        if waiting > CONTROL_BYTES_MAX:
+            # Not even a congested peer that reads anything lets so much gather.
+            self._end_link(peer, wire.ByeCode.NORMAL, "it does not read what is sent")
+            link.connection.abort()
+        elif not link.is_congested and (
+            waiting > config.outbox_bytes
+            or (self._queued_bytes > config.outbox_bytes_total and waiting > FAIR_BYTES)
+        ):
             link.is_congested = True
             self._sync.congested(peer)
 
@@ -1143,11 +1160,8 @@ class Replica(DocumentSet):
         try:
             while True:
                 while link.outbox:
-                    bundle = self._bundle(link)
-                    self.traffic.messages_out += 1
-                    self.traffic.bytes_out += len(bundle)
-                    await link.connection.send(bundle)
-                    if link.is_congested and link.outbox_bytes < self.config.outbox_bytes / 4:
+                    await link.connection.send(self._bundle(peer, link))
+                    if link.is_congested and link.outbox.urgent_bytes < self._drained_below():
                         link.is_congested = False
                         self._sync.writable(peer, self._loop.time())
                         self._wake()
@@ -1160,15 +1174,20 @@ class Replica(DocumentSet):
             # The reader notices too, and ends the link.
             pass
 
-    def _bundle(self, link: _Link) -> bytes:
-        frames: list[bytes] = []
-        weight = 0
-        while link.outbox and weight < wire.BUNDLE_BYTES and len(frames) < wire.BUNDLE_FRAMES_MAX:
-            frame = link.outbox.popleft()
-            link.outbox_bytes -= len(frame)
-            weight += wire.weigh(frame)
-            frames.append(frame)
-        return wire.encode_message(frames)
+    def _drained_below(self) -> int:
+        """What a congested peer's outbox must shrink to before it gets live changes again."""
+        return min(int(self.config.outbox_bytes / 4), FAIR_BYTES)
+
+    def _bundle(self, peer: int, link: _Link) -> bytes:
+        before = link.outbox.size_bytes
+        frames, bulk = link.outbox.take()
+        self._queued_bytes -= before - link.outbox.size_bytes
+        if bulk:
+            self._sync.drained(peer, bulk)
+        message = wire.encode_message(frames)
+        self.traffic.messages_out += 1
+        self.traffic.bytes_out += len(message)
+        return message
 
     def _end_link(self, peer: int, code: wire.ByeCode, reason: str) -> None:
         """End a connection once what is queued has left, but soon."""

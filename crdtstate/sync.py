@@ -56,6 +56,7 @@ from crdtstate.events import (
 from crdtstate.leases import Leases
 from crdtstate.link import Link, takes
 from crdtstate.mesh import Mesh
+from crdtstate.outbox import Lane, lane_of
 from crdtstate.presence import Presence
 from crdtstate.quorum import ROUTES_MAX, WAITING_MAX, Question, Quorum
 from crdtstate.transfer import CACHE_MAX, DOWNLOADS_MAX, Downloads, Uploads
@@ -69,6 +70,12 @@ MISMATCHES_MAX = 30
 """Heartbeats in a row that tell of a difference before all is named anew; one at which neither
 side has changed since the one before counts as ten."""
 
+BULK_WINDOW = 2**20
+"""Bytes of what a peer asked for that are under way to it, above which it has to wait."""
+
+BUSY_PAUSE = 0.5
+"""Seconds after which it may ask again, and as many at random."""
+
 QUARANTINE_MAX = 1000
 HISTORY_MAX = 600
 """Heartbeats for which it is remembered how much was committed."""
@@ -81,10 +88,11 @@ _EMPTY = Version()
 
 
 class Send(NamedTuple):
-    """Send an encoded frame to a peer."""
+    """Send an encoded frame to a peer; call `Sync.drained` when bulk has left."""
 
     peer: int
     frame: bytes
+    lane: Lane
 
 
 class Persist(NamedTuple):
@@ -475,7 +483,7 @@ class Sync:
             self._hang_up(link, wire.ByeCode.SHUTDOWN, "closing")
 
     def congested(self, peer: int) -> None:
-        """Too much waits for this peer: queue no more live changes for it."""
+        """Too much waits for this peer: it gets no more live changes, and pulls what it lacks."""
         if peer in self._links:
             self._links[peer].is_congested = True
 
@@ -486,6 +494,11 @@ class Sync:
         if link is not None and link.is_congested:
             link.is_congested = False
             self._arm_flush()
+
+    def drained(self, peer: int, bulk_bytes: int) -> None:
+        """So much of what the peer asked for has left."""
+        if (link := self._links.get(peer)) is not None:
+            link.bulk_bytes -= bulk_bytes
 
     # Local changes
 
@@ -857,7 +870,7 @@ class Sync:
             frames = encoded.get(chosen)
             if frames is None:
                 frames = encoded[chosen] = _encode_changes([outgoing[i][0].data for i in chosen])
-            self._effects.extend(Send(link.peer, frame) for frame in frames)
+            self._effects.extend(Send(link.peer, frame, Lane.LIVE) for frame in frames)
 
     def _may_lack(self, link: Link, change: Change, source: Link | None) -> bool:
         if not link.takes(change.document) or link is source:
@@ -938,7 +951,8 @@ class Sync:
                 self._send(peer, wire.Want(name, tuple(ranges[at : at + wire.RANGES_MAX])))
 
     def _on_want(self, link: Link, frame: wire.Want) -> None:
-        if link.is_congested:
+        if link.bulk_bytes > BULK_WINDOW:
+            self._refuse(link, frame.document)
             return
         ledger = self._ledger(frame.document)
         if any(first <= ledger.floor.get(writer, 0) for writer, first, _ in frame.ranges):
@@ -953,6 +967,11 @@ class Sync:
         )
         if ranges:
             self._effects.append(Fetch(link.peer, frame.document, ranges))
+
+    def _refuse(self, link: Link, name: str) -> None:
+        """Let a peer ask again later: enough is under way to it."""
+        pause_ms = int(BUSY_PAUSE * 1000 * (1 + self._rng.random()))
+        self._send(link.peer, wire.Busy(name, pause_ms))
 
     def fetched(self, peer: int, changes: Sequence[bytes], more: bool) -> None:
         """What a `Fetch` found, in the order of the journal; *more* if it was cut short."""
@@ -1024,7 +1043,7 @@ class Sync:
                     committed = self._ledgers[name].committed
                     moved = Version({writer: committed[writer] for writer in sorted(writers)})
                     frame = encoded[key] = wire.encode_frame(wire.Have(name, moved, False))
-                self._effects.append(Send(link.peer, frame))
+                self._effects.append(Send(link.peer, frame, Lane.LIVE))
 
     # Snapshots
 
@@ -1051,6 +1070,9 @@ class Sync:
             self._downloads.on_offer(link.peer, frame, self._now)
 
     def _on_get(self, link: Link, frame: wire.Get) -> None:
+        if link.bulk_bytes > BULK_WINDOW:
+            # It asks again for what does not come.
+            return
         if not self._uploads.on_get(link.peer, frame):
             # It has been replaced by a newer one: offer that.
             self._uploads.ask(frame.document, link.peer)
@@ -1188,10 +1210,10 @@ class Sync:
             near = [link for link in links if link.agent in names]
             if len({link.agent for link in near}) >= len(names - {self.hello.agent}):
                 links = near
-        encoded = wire.encode_frame(frame)
+        encoded, lane = wire.encode_frame(frame), lane_of(frame)
         for link in links:
             if self.mesh.is_eager(link, self._now) or link.agent in names:
-                self._effects.append(Send(link.peer, encoded))
+                self._effects.append(Send(link.peer, encoded, lane))
 
     def show(self, value: bytes | None, ttl: float, now: float) -> None:
         """Show everybody a packed value until *ttl* seconds after the last sign of life."""
@@ -1402,7 +1424,10 @@ class Sync:
         return effects
 
     def _send(self, peer: int, frame: wire.Frame) -> None:
-        self._effects.append(Send(peer, wire.encode_frame(frame)))
+        data, lane = wire.encode_frame(frame), lane_of(frame)
+        if lane is Lane.BULK and (link := self._links.get(peer)) is not None:
+            link.bulk_bytes += len(data)
+        self._effects.append(Send(peer, data, lane))
 
     def _ledger(self, name: str) -> _Ledger:
         ledger = self._ledgers.get(name)

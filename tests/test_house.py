@@ -32,6 +32,7 @@ FLOORS = [
         "config",
         "wire",
         "identity",
+        "outbox",
         "link",
         "tree",
         "membership",

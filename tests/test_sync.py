@@ -113,7 +113,7 @@ class Node(DocumentSet):
 
     def _carry_out(self, effect: sync.Effect) -> None:
         match effect:
-            case sync.Send(peer, data):
+            case sync.Send(peer, data, _):
                 (frame,) = wire.decode_message(wire.encode_message([data]))
                 self.sent.append((peer, frame))
                 if peer in self.links and not self.loses(frame):

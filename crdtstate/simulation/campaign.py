@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from crdtstate import document as document_module
 from crdtstate import lanes as lanes_module
+from crdtstate import sync as sync_module
 from crdtstate import transfer as transfer_module
 from crdtstate import wire as wire_module
 from crdtstate.clock import Dot, Version
@@ -449,7 +450,8 @@ class _Nasty(_History):
         self.chunk_bytes = rng.choice((100, 400, 65536))
 
     def run(self) -> None:
-        with _tight(self.segment_slots, self.chunk_bytes, self.rng.choice((1, 3, 8))):
+        settled, bulk_bytes = self.rng.choice((1, 3, 8)), self.rng.choice((300, 2**20))
+        with _tight(self.segment_slots, self.chunk_bytes, settled, bulk_bytes):
             self.schedule_writes()
             self.schedule_strong(12)
             self.schedule_faults()
@@ -629,12 +631,13 @@ def _draw_config(rng: random.Random) -> Config:
 
 
 @contextmanager
-def _tight(segment_slots: int, chunk_bytes: int, settled: int) -> Iterator[None]:
+def _tight(segment_slots: int, chunk_bytes: int, settled: int, bulk_bytes: int) -> Iterator[None]:
     """Make limits that only large fleets meet so small that a history meets them."""
     places: list[tuple[Any, str, int | float]] = [
         (lanes_module, "SEGMENT_SLOTS", segment_slots),
         (wire_module, "CHUNK_BYTES_MAX", chunk_bytes),
         (document_module, "SETTLED_PER_CHANGE", settled),
+        (sync_module, "BULK_WINDOW", bulk_bytes),
         (transfer_module, "CHUNKS_AHEAD", 2),
         (transfer_module, "STALL", 1.0),
         (transfer_module, "DOWNLOADS_MAX", 1),

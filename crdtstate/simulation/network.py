@@ -13,11 +13,11 @@ again when the cut heals, if the connection lasts so long.
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from crdtstate import wire
+from crdtstate.outbox import Outbox
 from crdtstate.simulation.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ class End:
         # The number by which the replica's core knows it.
         self.peer = peer
         self.is_open = True
-        self.outbox: deque[bytes] = deque()
-        self.outbox_bytes = 0
+        self.outbox = Outbox()
         self.is_congested = False
         # While the other side does not read.
         self.clogged_until = 0.0
@@ -241,7 +240,7 @@ class Network:
         while end.outbox and end.is_open:
             self._transmit(end, self._bundle(end))
         limit = end.replica.config.outbox_bytes
-        if end.is_congested and end.outbox_bytes < limit / 4:
+        if end.is_congested and end.outbox.urgent_bytes < limit / 4:
             end.is_congested = False
             end.replica.writable(end)
         if end.ending is not None and not end.outbox:
@@ -258,14 +257,9 @@ class Network:
             end.replica.pump()
 
     def _bundle(self, end: End) -> bytes:
-        frames: list[bytes] = []
-        weight = 0
-        limit = 1 if any(self.datagrams) else wire.BUNDLE_FRAMES_MAX
-        while end.outbox and weight < wire.BUNDLE_BYTES and len(frames) < limit:
-            frame = end.outbox.popleft()
-            end.outbox_bytes -= len(frame)
-            weight += wire.weigh(frame)
-            frames.append(frame)
+        frames, bulk = end.outbox.take(1 if any(self.datagrams) else wire.BUNDLE_FRAMES_MAX)
+        if bulk:
+            end.replica.core.drained(end.peer, bulk)
         return wire.encode_message(frames)
 
     def _transmit(self, end: End, message: bytes) -> None:

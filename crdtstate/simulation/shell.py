@@ -23,6 +23,7 @@ from crdtstate.documents import DocumentSet
 from crdtstate.errors import ReplicaClosed
 from crdtstate.events import Event, IdentityRollback
 from crdtstate.identity import draw_writer, may_keep_writer
+from crdtstate.outbox import Lane
 from crdtstate.simulation.disk import Disk
 from crdtstate.simulation.network import End, Network
 from crdtstate.simulation.schedule import Schedule
@@ -193,7 +194,8 @@ class SimulatedReplica(DocumentSet):
         """What may pile up: (name, size, limit)."""
         slack = self.config.answer_bytes + 2 * sync.CHANGES_FRAME_BYTES
         for end in self._links.values():
-            yield "outbox", end.outbox_bytes, self.config.outbox_bytes + slack
+            limit = self.config.outbox_bytes + sync.BULK_WINDOW
+            yield "outbox", end.outbox.size_bytes, limit + slack
         yield from self.core.loads()
 
     def __repr__(self) -> str:
@@ -237,8 +239,8 @@ class SimulatedReplica(DocumentSet):
         batch: list[tuple[int, Change]] = []
         for effect in effects:
             match effect:
-                case sync.Send(peer, frame):
-                    self._enqueue(peer, frame)
+                case sync.Send(peer, frame, lane):
+                    self._enqueue(peer, frame, lane)
                 case sync.Persist(number, change):
                     batch.append((number, change))
                 case sync.SaveSnapshot():
@@ -405,14 +407,13 @@ class SimulatedReplica(DocumentSet):
         self.core.writable(end.peer, self._schedule.now)
         self._wake()
 
-    def _enqueue(self, peer: int, frame: bytes) -> None:
+    def _enqueue(self, peer: int, frame: bytes, lane: Lane) -> None:
         end = self._links.get(peer)
         if end is None or not end.is_open:
             return
-        end.outbox.append(frame)
-        end.outbox_bytes += len(frame)
+        end.outbox.push(frame, lane)
         self._unsent[peer] = end
-        if end.outbox_bytes > self.config.outbox_bytes and not end.is_congested:
+        if end.outbox.urgent_bytes > self.config.outbox_bytes and not end.is_congested:
             end.is_congested = True
             self.core.congested(peer)
 
