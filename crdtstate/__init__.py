@@ -49,6 +49,7 @@ from crdtstate.errors import (
     WaitTimeout,
 )
 from crdtstate.events import (
+    CatchingUp,
     Changed,
     ClockSkew,
     ConflictFound,
@@ -77,6 +78,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CRDTStateError",
     "Candidate",
+    "CatchingUp",
     "Changed",
     "ClockSkew",
     "Config",

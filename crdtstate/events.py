@@ -168,6 +168,24 @@ class SnapshotReceived(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class CatchingUp(Event):
+    """A document that lacks much is being brought up to date; for progress bars.
+
+    Attributes:
+        agent: Who sends what it lacks.
+        done: How much of it is here,
+        total: of how much; it grows when more is written meanwhile.
+        unit: ``"changes"``, or ``"bytes"`` of a snapshot.
+    """
+
+    document: str
+    agent: str
+    done: int
+    total: int
+    unit: str
+
+
+@dataclass(frozen=True, slots=True)
 class DocumentRebuilt(Event):
     """The engine failed on a change that had passed all checks. The change is set aside and the
     document was rebuilt from the store."""

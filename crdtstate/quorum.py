@@ -17,7 +17,7 @@ a majority, catch up with what it says, and wait until a majority has the outcom
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 from crdtstate import wire
@@ -120,8 +120,8 @@ class Quorum:
         """Begin to ask; `spread` it next. Take it back with `forget`."""
         self._questions[question.nonce] = question
         # It may come back, also when it is of no more interest.
-        self._routes[question.nonce] = ATTEMPTS_MAX, 0
-        if not question.names or self._agent in question.names:
+        self._note_route(question.nonce, ATTEMPTS_MAX, 0)
+        if self._is_asked(question.names):
             self._wait(_to_frame(question), None, question.asked_at, persisted, synced)
 
     def forget(self, question: Question) -> None:
@@ -152,25 +152,39 @@ class Quorum:
         attempt, _ = self._routes.get(frame.nonce, (0, 0))
         if attempt >= frame.attempt:
             return False
-        self._routes[frame.nonce] = frame.attempt, link.peer
-        self._routes.move_to_end(frame.nonce)
-        while len(self._routes) > ROUTES_MAX:
-            self._routes.popitem(last=False)
-        if not frame.names or self._agent in frame.names:
+        self._note_route(frame.nonce, frame.attempt, link.peer)
+        if self._is_asked(frame.names):
             self._wait(frame, link.peer, now, persisted, synced)
         return any(name != self._agent for name in frame.names) or not frame.names
+
+    def _note_route(self, nonce: int, attempt: int, peer: int) -> None:
+        self._routes[nonce] = attempt, peer
+        self._routes.move_to_end(nonce)
+        if len(self._routes) > ROUTES_MAX:
+            self._routes.popitem(last=False)
+
+    def _is_asked(self, names: Collection[str]) -> bool:
+        return not names or self._agent in names
 
     def _wait(
         self, frame: wire.Ask, peer: int | None, now: float, persisted: int, synced: int
     ) -> None:
         if frame.durable and not self._is_durable:
             return
-        if frame.nonce not in self._waiting and peer is not None:
-            same = sum(1 for waiting in self._waiting.values() if waiting.peer == peer)
-            if len(self._waiting) >= WAITING_MAX or same >= WAITING_EACH:
+        waiting = self._waiting.get(frame.nonce)
+        if waiting is not None and waiting.peer is not None:
+            # What has to be synced stays the same: if it rose with each attempt, a slow disk that
+            # is always busy would never get there.
+            waiting.peer, waiting.until = peer, now + PATIENCE
+        elif waiting is None:
+            if peer is not None and self._is_full(peer):
                 return
-        self._waiting[frame.nonce] = waiting = _Waiting(frame, peer, now + PATIENCE)
+            self._waiting[frame.nonce] = waiting = _Waiting(frame, peer, now + PATIENCE)
         self._try(waiting, persisted, synced)
+
+    def _is_full(self, peer: int) -> bool:
+        same = sum(1 for waiting in self._waiting.values() if waiting.peer == peer)
+        return len(self._waiting) >= WAITING_MAX or same >= WAITING_EACH
 
     def _try(self, waiting: _Waiting, persisted: int, synced: int) -> None:
         """Answer if that can be done now."""
@@ -211,8 +225,14 @@ class Quorum:
             question.answers[agent] = version
 
     def reset(self) -> None:
-        """Answer nothing of what waits: what is committed here has changed. It is asked again."""
+        """Answer nothing of what waits, as what is committed here has changed: others ask again,
+        and what was answered here to own questions is to be answered anew."""
         self._waiting.clear()
+        for question in self._questions.values():
+            question.answers.pop(self._agent, None)
+            if self._is_asked(question.names) and (self._is_durable or not question.durable):
+                frame = _to_frame(question)
+                self._waiting[question.nonce] = _Waiting(frame, None, question.asked_at)
 
     def expire(self, now: float) -> None:
         """Forget questions that waited too long."""

@@ -916,6 +916,9 @@ class Replica(DocumentSet):
 
     def _fetch(self, peer: int, name: str, ranges: tuple[tuple[int, int, int], ...]) -> None:
         limit = int(self.config.answer_bytes)
+        size, now = self._store.measure(name, ranges), self._loop.time()
+        if self._sync.snapshot_instead(peer, name, size, now):
+            return
         try:
             found, more = self._store.read(name, ranges, limit)
         except CorruptStore as exc:

@@ -44,6 +44,7 @@ from crdtstate.document import Document, EngineFailure
 from crdtstate.documents import DOCUMENTS_MAX, DocumentSet
 from crdtstate.errors import InvalidUpdate, ProtocolError
 from crdtstate.events import (
+    CatchingUp,
     ClockSkew,
     DocumentRebuilt,
     Event,
@@ -59,7 +60,7 @@ from crdtstate.mesh import Mesh
 from crdtstate.outbox import Lane, lane_of
 from crdtstate.presence import Presence
 from crdtstate.quorum import ROUTES_MAX, WAITING_MAX, Question, Quorum
-from crdtstate.transfer import CACHE_MAX, DOWNLOADS_MAX, Downloads, Uploads
+from crdtstate.transfer import CACHE_MAX, DOWNLOADS_MAX, SERVED_MAX, Downloads, Uploads
 
 CHANGES_FRAME_BYTES = 256 * 1024
 CHECKSUM_BYTES = 17
@@ -75,6 +76,15 @@ BULK_WINDOW = 2**20
 
 BUSY_PAUSE = 0.5
 """Seconds after which it may ask again, and as many at random."""
+
+SNAPSHOT_WORTH = 512 * 1024
+"""Bytes of changes up to which nobody looks whether a snapshot is less."""
+
+SNAPSHOT_SHARE = 1.5
+"""How much more than the document the changes have to be: who joins a snapshot has more to do."""
+
+MEASURED_FOR = 10.0
+"""Seconds for which the size of a document counts as known."""
 
 QUARANTINE_MAX = 1000
 HISTORY_MAX = 600
@@ -193,6 +203,9 @@ class _Ledger:
     log_bytes: int = 0
     snapshot_bytes: int = 0
     tidy_at: float | None = None
+    # The size of the document's state, and when it was measured.
+    measured: int = 0
+    measured_at: float | None = None
 
 
 @dataclass(slots=True)
@@ -248,6 +261,8 @@ class Sync:
         self._waiting: dict[tuple[str, int, int], list[tuple[str, int, int]]] = {}
         self._pending_bytes = 0
         self._missing: dict[tuple[str, int], _Missing] = {}
+        # Document -> changes that came as answers since it began to catch up.
+        self._caught_up: dict[str, int] = {}
         self._uploads = Uploads(self._send)
         self._downloads = Downloads(self._send)
         # Changes that the engine failed on; never tried again.
@@ -344,6 +359,7 @@ class Sync:
         yield "pending bytes", self._pending_bytes, config.pending_bytes
         yield "places waited for", len(self._waiting), config.pending_changes
         yield "cached snapshots", len(self._uploads), CACHE_MAX
+        yield "uploads", self._uploads.served, max(SERVED_MAX, len(self._links))
         yield "downloads", self._downloads.active, DOWNLOADS_MAX
         yield "offers", len(self._downloads), len(self._ledgers)
         yield "quarantined changes", len(self._quarantine), QUARANTINE_MAX
@@ -709,6 +725,8 @@ class Sync:
                 if (wanted := self._missing.get((name, writer))) is not None:
                     wanted.tries = 0
                     wanted.due = self._now + self.config.want_retry
+        for name in advanced:
+            self._note_progress(link, name, frame)
         if frame.more and advanced:
             # Ask this peer on, but only after an answer that helped: else two who cannot help
             # each other yet would talk as fast as the network lets them.
@@ -717,6 +735,21 @@ class Sync:
                     wanted.due = self._now
         if self._missing:
             self._arm_want()
+
+    def _note_progress(self, link: Link, name: str, frame: wire.Changes) -> None:
+        """Tell how far catching up is, if it takes more than one answer."""
+        if not frame.more and name not in self._caught_up:
+            return
+        came = self._caught_up.get(name, 0) + len(frame.changes)
+        left = sum(
+            max(0, wanted.target - self._version(name).get(writer, 0))
+            for (document, writer), wanted in self._missing.items()
+            if document == name
+        )
+        self._effects.append(Emit(CatchingUp(name, link.agent, came, came + left, "changes")))
+        self._caught_up[name] = came
+        if not left:
+            del self._caught_up[name]
 
     def _take(self, link: Link, change: Change) -> None:
         name, writer, seq = key = (change.document, change.writer, change.seq)
@@ -956,8 +989,7 @@ class Sync:
             return
         ledger = self._ledger(frame.document)
         if any(first <= ledger.floor.get(writer, 0) for writer, first, _ in frame.ranges):
-            self._uploads.ask(frame.document, link.peer)
-            self._serve_asked(frame.document)
+            self._ask_snapshot(link, frame.document)
             return
         committed = ledger.committed
         ranges = tuple(
@@ -967,6 +999,33 @@ class Sync:
         )
         if ranges:
             self._effects.append(Fetch(link.peer, frame.document, ranges))
+
+    def _ask_snapshot(self, link: Link, name: str) -> None:
+        """Let a peer have a snapshot, if not too many others fetch one."""
+        if self._uploads.may_serve(link.peer, self._now):
+            self._uploads.ask(name, link.peer)
+            self._serve_asked(name)
+        else:
+            self._refuse(link, name)
+
+    def snapshot_instead(self, peer: int, document: str, log_bytes: int, now: float) -> bool:
+        """Of what a `Fetch` asks for the log has *log_bytes*: whether a snapshot is less. Then it
+        is offered, and nothing is to be read."""
+        self._now = now
+        link, found = self._links.get(peer), self.documents.find(document)
+        if link is None or found is None or found.is_broken or log_bytes < SNAPSHOT_WORTH:
+            return False
+        if log_bytes < SNAPSHOT_SHARE * self._measure(found):
+            return False
+        self._ask_snapshot(link, document)
+        return True
+
+    def _measure(self, document: Document) -> int:
+        """About how large a document's snapshot is; as costly as one, so not looked at often."""
+        ledger = self._ledger(document.name)
+        if ledger.measured_at is None or self._now >= ledger.measured_at + MEASURED_FOR:
+            ledger.measured_at, ledger.measured = self._now, document.sizes()[0]
+        return ledger.measured
 
     def _refuse(self, link: Link, name: str) -> None:
         """Let a peer ask again later: enough is under way to it."""
@@ -1073,13 +1132,15 @@ class Sync:
         if link.bulk_bytes > BULK_WINDOW:
             # It asks again for what does not come.
             return
-        if not self._uploads.on_get(link.peer, frame):
+        if not self._uploads.on_get(link.peer, frame, self._now):
             # It has been replaced by a newer one: offer that.
             self._uploads.ask(frame.document, link.peer)
             self._serve_asked(frame.document)
 
     def _on_chunk(self, link: Link, frame: wire.Chunk) -> None:
         data = self._downloads.on_chunk(link.peer, frame, self._now)
+        if (progress := self._downloads.progress(frame.document)) is not None:
+            self._effects.append(Emit(CatchingUp(frame.document, link.agent, *progress, "bytes")))
         if data is not None:
             self._join(link, frame.document, data)
 

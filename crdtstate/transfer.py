@@ -35,6 +35,13 @@ STALL = 5.0
 
 TRIES = 4
 
+SERVED_MAX = 2
+"""Peers that fetch snapshots at a time; others are told to ask again later. More at once would
+take as long in all, and live changes would wait for them."""
+
+SERVED_IDLE = 5.0
+"""Seconds without a request after which a peer no longer counts as fetching."""
+
 Sender = Callable[[int, wire.Frame], None]
 """Sends a frame to a peer."""
 
@@ -59,9 +66,26 @@ class Uploads:
         self._asked: dict[str, set[int]] = {}
         self._cached: OrderedDict[str, _Offered] = OrderedDict()
         self._cached_bytes = 0
+        # Peers that fetch, and when each asked for something the last time.
+        self._served: dict[int, float] = {}
 
     def __len__(self) -> int:
         return len(self._cached)
+
+    def may_serve(self, peer: int, now: float) -> bool:
+        """Whether *peer* may fetch a snapshot now; then it counts as fetching."""
+        for other, at in list(self._served.items()):
+            if now >= at + SERVED_IDLE:
+                del self._served[other]
+        if peer not in self._served and len(self._served) >= SERVED_MAX:
+            return False
+        self._served[peer] = now
+        return True
+
+    @property
+    def served(self) -> int:
+        """How many peers fetch snapshots."""
+        return len(self._served)
 
     def ask(self, document: str, peer: int) -> None:
         """Note that *peer* needs a snapshot."""
@@ -77,6 +101,7 @@ class Uploads:
 
     def peer_down(self, peer: int) -> None:
         """Forget a peer that is gone."""
+        self._served.pop(peer, None)
         for document in [name for name, peers in self._asked.items() if peer in peers]:
             self._asked[document].discard(peer)
             if not self._asked[document]:
@@ -107,14 +132,17 @@ class Uploads:
         if old is not None:
             self._cached_bytes -= len(old.data)
 
-    def on_get(self, peer: int, frame: wire.Get) -> bool:
+    def on_get(self, peer: int, frame: wire.Get, now: float) -> bool:
         """Send a chunk; False if that snapshot is not offered any more."""
+        self._served[peer] = now
         cached = self._cached.get(frame.document)
         if cached is None or cached.digest != frame.digest:
             return False
         data = cached.data[frame.offset : frame.offset + wire.CHUNK_BYTES_MAX]
         if data:
             self._send(peer, wire.Chunk(frame.document, frame.digest, frame.offset, data))
+        if frame.offset + len(data) >= len(cached.data):
+            self._served.pop(peer, None)
         return True
 
 
@@ -155,6 +183,11 @@ class Downloads:
         """Whether a connected peer sends, or will send, a snapshot of *document*."""
         found = self._running.get(document)
         return found is not None and found.peer is not None
+
+    def progress(self, document: str) -> tuple[int, int] | None:
+        """How many bytes of how many of a snapshot are here, if one is on its way."""
+        found = self._running.get(document)
+        return None if found is None else (len(found.data), found.size)
 
     def peer_down(self, peer: int) -> None:
         """A peer is gone. What came from it is kept for a while: another may offer the rest."""

@@ -451,7 +451,8 @@ class _Nasty(_History):
 
     def run(self) -> None:
         settled, bulk_bytes = self.rng.choice((1, 3, 8)), self.rng.choice((300, 2**20))
-        with _tight(self.segment_slots, self.chunk_bytes, settled, bulk_bytes):
+        worth = self.rng.choice((500, 2**20))
+        with _tight(self.segment_slots, self.chunk_bytes, settled, bulk_bytes, worth):
             self.schedule_writes()
             self.schedule_strong(12)
             self.schedule_faults()
@@ -631,13 +632,16 @@ def _draw_config(rng: random.Random) -> Config:
 
 
 @contextmanager
-def _tight(segment_slots: int, chunk_bytes: int, settled: int, bulk_bytes: int) -> Iterator[None]:
+def _tight(
+    segment_slots: int, chunk_bytes: int, settled: int, bulk_bytes: int, worth: int
+) -> Iterator[None]:
     """Make limits that only large fleets meet so small that a history meets them."""
     places: list[tuple[Any, str, int | float]] = [
         (lanes_module, "SEGMENT_SLOTS", segment_slots),
         (wire_module, "CHUNK_BYTES_MAX", chunk_bytes),
         (document_module, "SETTLED_PER_CHANGE", settled),
         (sync_module, "BULK_WINDOW", bulk_bytes),
+        (sync_module, "SNAPSHOT_WORTH", worth),
         (transfer_module, "CHUNKS_AHEAD", 2),
         (transfer_module, "STALL", 1.0),
         (transfer_module, "DOWNLOADS_MAX", 1),

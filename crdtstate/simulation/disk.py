@@ -207,6 +207,10 @@ class Disk:
         """The documents of which something is on the disk."""
         return sorted(self._image.versions)
 
+    def measure(self, document: str, ranges: Sequence[tuple[int, int, int]]) -> int:
+        """How many bytes the changes of *ranges* have, as far as they are kept."""
+        return self._image.measure(document, ranges)
+
     def read(
         self, document: str, ranges: Sequence[tuple[int, int, int]], size_max: int
     ) -> tuple[list[bytes], bool]:

@@ -223,10 +223,13 @@ class SimulatedReplica(DocumentSet):
         if self._open and not self._tickets and self._transaction is None:
             self._seal_open()
         self._note_commits()
-        while effects := self.core.effects():
+        effects = self.core.effects()
+        while True:
             self._carry_out(effects)
             self._note_commits()
             self._poll_machines()
+            if not (effects := self.core.effects()):
+                break
         self._arm_timer()
         self._is_pumping = False
         unsent, self._unsent = self._unsent, {}
@@ -250,8 +253,10 @@ class SimulatedReplica(DocumentSet):
                 case sync.Delivered(document, change, _, agent):
                     self._oracle.delivered(self, document, change, agent)
                 case sync.Fetch(peer, name, ranges):
-                    limit = int(self.config.answer_bytes)
-                    self.core.fetched(peer, *self._disk.read(name, ranges, limit))
+                    limit, size = int(self.config.answer_bytes), self._disk.measure(name, ranges)
+                    now = self._schedule.now
+                    if not self.core.snapshot_instead(peer, name, size, now):
+                        self.core.fetched(peer, *self._disk.read(name, ranges, limit))
                 case sync.Dial(url):
                     self._network.dial(self, url)
                 case sync.HangUp(peer, code, reason):

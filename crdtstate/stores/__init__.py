@@ -95,6 +95,9 @@ class Store(Protocol):
         after them; as many as fit in *size_max* bytes (one fits always). A range whose first
         change is forgotten or unknown gives nothing; what is not committed yet neither."""
 
+    def measure(self, document: str, ranges: Sequence[tuple[int, int, int]]) -> int:
+        """How many bytes the changes of *ranges* have, as far as they are kept."""
+
     def forget(self, writer: int, after: Mapping[str, int]) -> None:
         """Remove for ever the changes of *writer* above ``after[document]`` (0 where it is not
         named) from all documents, as if they had never been appended. What is queued is written

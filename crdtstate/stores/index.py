@@ -110,6 +110,15 @@ class DocumentIndex:
             found.append((row, writer, seq))
         return found, False
 
+    def measure(self, ranges: Sequence[tuple[int, int, int]]) -> int:
+        """The bytes of the changes of *ranges* that have rows."""
+        total = 0
+        for writer, first, last in ranges:
+            index = self.writers.get(writer)
+            if index is not None:
+                total += index.bytes_of(index.count_through(first - 1), index.count_through(last))
+        return total
+
     def _stream(self, writer: int, first: int, last: int) -> Iterator[tuple[int, int, int, int]]:
         index = self.writers.get(writer)
         if index is not None and index.first <= first:

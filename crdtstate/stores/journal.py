@@ -257,6 +257,10 @@ class Journal:
                 found.append(data)
         return found, more
 
+    def measure(self, document: str, ranges: Sequence[tuple[int, int, int]]) -> int:
+        """How many bytes the changes of *ranges* have, as far as they are kept."""
+        return self._indexes.get(document, NO_CHANGES).measure(ranges)
+
     def floor(self, document: str) -> Version:
         """Up to which change of each writer the journal has forgotten."""
         return self._indexes.get(document, NO_CHANGES).floor()

@@ -52,6 +52,10 @@ class MemoryStore:
         found, more = self._indexes.get(document, NO_CHANGES).find(ranges, size_max)
         return [self._rows[row].data for row, _, _ in found], more
 
+    def measure(self, document: str, ranges: Sequence[tuple[int, int, int]]) -> int:
+        """How many bytes the changes of *ranges* have, as far as they are kept."""
+        return self._indexes.get(document, NO_CHANGES).measure(ranges)
+
     def floor(self, document: str) -> Version:
         """Up to which change of each writer the journal has forgotten."""
         return self._indexes.get(document, NO_CHANGES).floor()
