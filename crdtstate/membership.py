@@ -29,6 +29,7 @@ from typing import Literal
 from crdtstate import wire
 from crdtstate.clock import mix
 from crdtstate.config import Config
+from crdtstate.errors import ProtocolError
 from crdtstate.events import Event, MemberDown, MemberRetired, MemberSuspected, MemberUp
 from crdtstate.wire import Record
 
@@ -166,29 +167,34 @@ class Membership:
                 return writer
         return None
 
-    def data(self, writer: int) -> bytes:
+    def item(self, writer: int) -> tuple[int, int, bytes]:
         """A record as it is passed on."""
-        return self._known[writer].data
+        known = self._known[writer]
+        return writer, known.record.order, known.data
 
     # Taking in
 
-    def on_records(self, data: Iterable[bytes], peer: int) -> bool:
+    def on_records(self, records: Iterable[tuple[int, int, bytes]], peer: int) -> bool:
         """Take in what a peer knows. True if it is news that somebody lost a neighbour.
 
         Raises:
             ProtocolError: These are no records.
         """
         is_urgent = False
-        for each in data:
-            record = wire.decode_record(each)
-            is_urgent |= self._on_record(record, each, peer) and bool(record.lost)
+        for writer, order, data in records:
+            # Most come more than once.
+            known = self._known.get(writer)
+            if known is not None and known.record.order >= order:
+                continue
+            record = wire.decode_record(data)
+            if (record.writer, record.order) != (writer, order):
+                raise ProtocolError(f"a record of {record.writer:x} in place of {writer:x}")
+            is_urgent |= self._on_record(record, data, peer) and bool(record.lost)
         return is_urgent
 
     def _on_record(self, record: Record, data: bytes, peer: int) -> bool:
-        """Take in a record; whether it is news."""
+        """Take in a record that is newer; whether it was."""
         known = self._known.get(record.writer)
-        if known is not None and known.record.order >= record.order:
-            return False
         if record.writer == self.me.writer:
             # An older session of this replica, or somebody who takes it for gone: be newer.
             self._republish(replace(self.me, seq=record.seq))
@@ -260,6 +266,13 @@ class Membership:
         lost = self._bound(list(self._lost(linked, now)))
         if links != self.me.links or lost != self.me.lost:
             self._republish(replace(self.me, links=links, lost=lost))
+
+    def has_lost(self, linked: set[int], now: float) -> bool:
+        """Whether a link that everybody knows of does not stand any more."""
+        if any(writer not in linked for writer in self.me.links):
+            return True
+        lost = {writer for writer, _ in self._lost(linked, now)}
+        return not lost <= {writer for writer, _ in self.me.lost}
 
     def _lost(self, linked: set[int], now: float) -> Iterator[tuple[int, int]]:
         """Records that claim a link to this replica that has not stood for a while."""

@@ -40,6 +40,8 @@ MISMATCHES_MAX = 30
 """As of `sync`: heartbeats in a row that tell of a difference before records are asked for; one at
 which neither side has changed since the one before counts as ten."""
 
+AGE_SHIFT = 20
+
 BEAT_SLACK = 1.5
 """Heartbeats without a wave after which one is sent nevertheless."""
 
@@ -85,7 +87,10 @@ class Mesh:
         self._emit = emit
         self._hello = hello
         self.members = Membership(_record(hello), config, wall_ms, emit, now)
-        self.tree = Tree(Root(_priority(hello), hello.session), config.heartbeat, now)
+        # The eldest is the best root: else each newcomer of a lower number would become it, and
+        # the tree be made anew.
+        born = (wall_ms() << AGE_SHIFT | hello.session & ((1 << AGE_SHIFT) - 1)) & wire.UINT64_MAX
+        self.tree = Tree(Root(_priority(hello), born), config.heartbeat, now)
         self.topology = Topology(seeds, hello.address, config, rng, now)
         # Links to give up, for `sync` to hang up.
         self.pruned: list[Link] = []
@@ -101,6 +106,8 @@ class Mesh:
         self._work_at: float | None = now
         self._judge_at: float | None = None
         self._dial_at = now
+        # Before, new links are not told: in a large mesh everybody hears of each.
+        self._publish_at = now
 
     # Looking
 
@@ -202,7 +209,7 @@ class Mesh:
             self._send(link.peer, wire.Roll(wanted, is_answer=True))
 
     def _send_records(self, peer: int, writers: Iterable[int]) -> None:
-        for frame in wire.split_records([self.members.data(writer) for writer in writers]):
+        for frame in wire.split_records(map(self.members.item, writers)):
             self._send(peer, frame)
 
     # Time
@@ -271,7 +278,9 @@ class Mesh:
         for link in self._up():
             assert link.hello is not None
             linked[link.hello.writer] = now - link.heard > silence
-        self._suspects = frozenset(writer for writer, is_silent in linked.items() if is_silent)
+        suspects = frozenset(writer for writer, is_silent in linked.items() if is_silent)
+        is_due |= suspects != self._suspects
+        self._suspects = suspects
         if is_due or self.members.is_stale:
             self._judge_at = self.members.update(linked, now)
 
@@ -284,8 +293,12 @@ class Mesh:
         """Tell of the own links, compute who is up, pass on what is new."""
         self._work_at = None
         up = self._up()
-        linked = {link.hello.writer for link in up if link.hello is not None}
-        self.members.publish(self._named(up), linked | self._fading.keys(), now)
+        linked = {link.hello.writer for link in up if link.hello is not None} | self._fading.keys()
+        members = self.members
+        if now >= self._publish_at or not members.me.links or members.has_lost(linked, now):
+            members.publish(self._named(up), linked, now)
+            is_small = len(members) <= URGENT_MAX
+            self._publish_at = now + (0.0 if is_small else self._config.heartbeat)
         self._update(now)
         self._spread_records(up, now)
         if up or self._fading:
@@ -307,8 +320,10 @@ class Mesh:
         news, self.members.news = self.members.news, {}
         if not news:
             return
+        is_small = len(self.members) <= URGENT_MAX
         for link in links:
-            if not self.is_eager(link, now):
+            # A flood of records would cost more than what it gains; who misses one finds out.
+            if not (self.is_eager(link, now) if is_small else self.tree.is_branch(link.peer)):
                 continue
             # Not spared to the neighbours of whom it came from: what is known of those is least
             # certain when records change.

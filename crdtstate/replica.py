@@ -85,6 +85,12 @@ CONTROL_BYTES_MAX = 8 * 2**20
 FAIR_BYTES = 64 * 2**10
 """Bytes that each peer may leave unread also when all together leave too many."""
 
+PENDING_EVENTS_MAX = 1_000_000
+"""Events that wait for handlers: as many as a large document has places. The oldest go first."""
+
+DISPATCH_TIME = 0.01
+"""Seconds for which handlers are called before connections have their turn."""
+
 REJECTED_MAX = 8
 
 KINDS = {"m": "map", "c": "counter", "r": "register", "s": "set", "y": "native"}
@@ -250,7 +256,8 @@ class Replica(DocumentSet):
         self._opened: dict[str, int] = {}
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._handlers: dict[type[Event], list[Callable[[Any], object]]] = {}
-        self._pending_events: list[Event] = []
+        self._pending_events: deque[Event] = deque()
+        self._dropped_events = 0
         # Wakes those who iterate over events.
         self._listening: set[asyncio.Event] = set()
         self._contested: set[tuple[str, str]] = set()
@@ -1051,18 +1058,35 @@ class Replica(DocumentSet):
             if len(self._rejected) > REJECTED_MAX:
                 del self._rejected[next(iter(self._rejected))]
         if self._handlers:
+            if len(self._pending_events) >= PENDING_EVENTS_MAX:
+                self._pending_events.popleft()
+                self._count_dropped_event()
             self._pending_events.append(event)
             self._wake()
 
+    def _count_dropped_event(self) -> None:
+        if not self._dropped_events:
+            log.error("%s: handlers do not keep up; the oldest events are dropped", self.agent)
+        self._dropped_events += 1
+
     def _dispatch(self) -> None:
-        events, self._pending_events = self._pending_events, []
-        for event in events:
-            for kind in (type(event), Event):
-                for handler in list(self._handlers.get(kind, ())):
-                    try:
-                        handler(event)
-                    except Exception:
-                        log.exception("%s: a handler of %s failed", self.agent, kind.__name__)
+        """Tell handlers, for a while; the rest after others had their turn on the event loop.
+        Slow ones delay each other, and the mesh by one call at a time."""
+        until = self._loop.time() + DISPATCH_TIME
+        while self._pending_events:
+            self._tell(self._pending_events.popleft())
+            if self._loop.time() >= until:
+                self._wake()
+                return
+        self._dropped_events = 0
+
+    def _tell(self, event: Event) -> None:
+        for kind in (type(event), Event):
+            for handler in list(self._handlers.get(kind, ())):
+                try:
+                    handler(event)
+                except Exception:
+                    log.exception("%s: a handler of %s failed", self.agent, kind.__name__)
 
     # Connections
 

@@ -294,6 +294,9 @@ class Topology:
         none that this side was given as a seed, and *spared* ones only if there are no others."""
         if members.count <= self._config.mesh_max or self.address is None:
             return []
+        if members.me.role == "relay":
+            # It is there to be connected to.
+            return []
         between = [link for link in links if self._is_optional(link)]
         many = len(between) - self._config.active_links - SLACK
         if many <= 0:

@@ -94,6 +94,11 @@ class Tree:
         """Whether changes are sent on this link without being asked for."""
         return peer == self.parent or peer in self.children or self.is_flooding(now)
 
+    def is_branch(self, peer: int) -> bool:
+        """Whether this link is part of the tree; without a way to the root, all are."""
+        is_lost = self.parent is None and self.root != self.me
+        return is_lost or peer == self.parent or peer in self.children
+
     def next_deadline(self) -> float:
         """When to call `tick` at the latest."""
         silent = self._wave_at + ROOT_SILENCE * self._heartbeat

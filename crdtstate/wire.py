@@ -206,9 +206,9 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Members:
-    """Records, as `encode_record` makes them."""
+    """Records: (writer, order, what `encode_record` made). Who has the order need not decode it."""
 
-    records: tuple[bytes, ...]
+    records: tuple[tuple[int, int, bytes], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,7 +426,8 @@ def _to_array(frame: Frame) -> tuple[Any, ...]:
             tree = (priority, root, wave, hops, is_parent)
             return (3, fingerprint, told, neighbours or (), *tree, members)
         case Members(records):
-            return (4, records)
+            writers, orders, data = zip(*records, strict=True) if records else ((), (), ())
+            return (4, writers, orders, data)
         case Roll(orders, is_answer):
             return (5, tuple(chain.from_iterable(sorted(orders.items()))), is_answer)
         case Offer(document, digest, size):
@@ -465,16 +466,16 @@ def encode_record(record: Record) -> bytes:
     return raw
 
 
-def split_records(records: Iterable[bytes]) -> Iterator[Members]:
-    """Put encoded records in frames of a size that does not delay what comes after them."""
-    part: list[bytes] = []
+def split_records(records: Iterable[tuple[int, int, bytes]]) -> Iterator[Members]:
+    """Put records in frames of a size that does not delay what comes after them."""
+    part: list[tuple[int, int, bytes]] = []
     size = 0
     for record in records:
-        if part and (size + len(record) > BUNDLE_BYTES or len(part) >= RECORDS_MAX):
+        if part and (size + len(record[2]) > BUNDLE_BYTES or len(part) >= RECORDS_MAX):
             yield Members(tuple(part))
             part, size = [], 0
         part.append(record)
-        size += len(record)
+        size += len(record[2])
     if part:
         yield Members(tuple(part))
 
@@ -563,7 +564,7 @@ def _read_frame(source: msgpack.Unpacker, length: int, kind: int) -> Frame | Non
 
 
 _LENGTHS = {
-    **{0: 11, 2: 3, 3: 10, 4: 2, 5: 3},
+    **{0: 11, 2: 3, 3: 10, 4: 4, 5: 3},
     **{16: 4, 17: 4, 18: 3, 24: 4, 25: 4, 26: 5, 28: 3},
     **{34: 8, 35: 5, 36: 1, 37: 4, 38: 4, 40: 6},
 }
@@ -594,7 +595,12 @@ def _read_fields(source: msgpack.Unpacker, kind: int) -> Frame:
                 members=_number(read(), 0, UINT64_MAX),
             )
         case 4:
-            return Members(_read_array(source, RECORDS_MAX, bytes))
+            writers = _within(_read_array(source, RECORDS_MAX, int), WRITER_MAX)
+            orders = _within(_read_array(source, RECORDS_MAX, int), ORDER_MAX)
+            data = _read_array(source, RECORDS_MAX, bytes)
+            if not len(writers) == len(orders) == len(data):
+                raise ProtocolError("not one writer and one order for each record")
+            return Members(tuple(zip(writers, orders, data, strict=True)))
         case 5:
             flat = _read_array(source, MEMBERS_MAX, int, group=2)
             _within(flat[0::2], WRITER_MAX)

@@ -29,6 +29,11 @@ def gone(known: Record) -> Record:
     return replace(known, is_gone=True)
 
 
+def item(record: Record) -> tuple[int, int, bytes]:
+    """A record as it travels."""
+    return record.writer, record.order, wire.encode_record(record)
+
+
 class Host:
     """A membership with a clock and a log of its events."""
 
@@ -43,7 +48,7 @@ class Host:
         self.take(*records)
 
     def take(self, *records: Record) -> None:
-        self.members.on_records(map(wire.encode_record, records), PEER)
+        self.members.on_records(map(item, records), PEER)
 
     def update(self, now: float | None = None, **linked: bool) -> float | None:
         """Compute the states; ``_2=True`` is a link to writer 2 that is silent."""
@@ -75,9 +80,9 @@ def exchange(asker: Host, other: Host) -> None:
     orders = asker.members.orders()
     newer = other.members.newer_than(orders)
     wanted = other.members.older_than(orders)
-    asker.members.on_records([other.members.data(writer) for writer in newer], PEER)
+    asker.members.on_records([other.members.item(writer) for writer in newer], PEER)
     back = [writer for writer in asker.members.newer_than(wanted) if writer in wanted]
-    other.members.on_records([asker.members.data(writer) for writer in back], PEER)
+    other.members.on_records([asker.members.item(writer) for writer in back], PEER)
 
 
 # Records
@@ -156,14 +161,14 @@ def test_a_record_is_passed_on_as_it_came() -> None:
     newer = b"\x9a" + wire.encode_record(record(2))[1:] + b"\xc0"
     host = Host()
 
-    host.members.on_records([newer], PEER)
+    host.members.on_records([(2, record(2).order, newer)], PEER)
 
-    assert host.members.data(2) == newer
+    assert host.members.item(2)[2] == newer
 
 
 def test_junk_is_refused() -> None:
     with pytest.raises(ProtocolError):
-        Host().members.on_records([b"\x93\x01\x02\x03"], PEER)
+        Host().members.on_records([(2, 2, b"\x93\x01\x02\x03")], PEER)
 
 
 def test_who_asks_for_a_few_records_gets_no_others() -> None:
@@ -419,7 +424,7 @@ def test_a_record_never_denies_more_than_it_may_and_nobody_is_up_for_that() -> N
     host.members.publish((), set(), LOST_DELAY)
 
     assert len(host.members.me.lost) == wire.LOST_MAX
-    assert wire.decode_record(host.members.data(1)) == host.members.me
+    assert wire.decode_record(host.members.item(1)[2]) == host.members.me
     other = Host(writer=9999)
     exchange(other, host)
     other.update(_1=False)
@@ -554,7 +559,7 @@ def test_a_member_that_is_down_for_long_retires_and_those_without_a_store_sooner
     assert host.states == {2: "retired"} and host.members.count == 1
     heard = ["MemberUp", "MemberDown", "MemberRetired"]
     assert host.heard() == [(what, "agent-2") for what in heard]
-    assert wire.decode_record(host.members.data(2)).is_gone
+    assert wire.decode_record(host.members.item(2)[2]).is_gone
 
 
 def test_members_retire_for_all_who_hear_that_they_did() -> None:

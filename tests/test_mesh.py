@@ -629,7 +629,8 @@ def strangers(writers: range, seq: int = 1) -> Iterator[wire.Record]:
 
 
 def tell(node: Node, peer: int, *records: wire.Record) -> None:
-    node.core.receive(peer, wire.Members(tuple(map(wire.encode_record, records))), node.now)
+    items = tuple((each.writer, each.order, wire.encode_record(each)) for each in records)
+    node.core.receive(peer, wire.Members(items), node.now)
     node.act()
 
 
@@ -644,10 +645,10 @@ def guest(node: Node, writer: int = 99) -> int:
 def told(node: Node, peer: int) -> list[int]:
     """Of whom a peer was sent records, in order."""
     return [
-        wire.decode_record(data).writer
+        writer
         for at, frame in node.sent
         if at == peer and isinstance(frame, wire.Members)
-        for data in frame.records
+        for writer, _, _ in frame.records
     ]
 
 
@@ -734,10 +735,10 @@ def test_a_root_that_falls_silent_is_replaced_long_before_its_links_are_given_up
     connect(*others)
     connect(others[1], root)
     run(*nodes, seconds=4)
-    assert {node.core.mesh.tree.root.session for node in nodes} == {1}
+    assert {node.core.mesh.tree.root for node in nodes} == {root.core.mesh.tree.me}
 
     root.loses = lambda frame: True
     run(*nodes, seconds=6)
 
-    assert {node.core.mesh.tree.root.session for node in others} == {2}
+    assert {node.core.mesh.tree.root for node in others} == {others[0].core.mesh.tree.me}
     assert [len(node.core.peers) for node in others] == [2, 2]

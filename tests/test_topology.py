@@ -72,7 +72,8 @@ class Host:
 
     def learn(self, *records: Record, up: bool = True) -> None:
         """Hear of members; all are up or down."""
-        self.members.on_records(map(wire.encode_record, records), 0)
+        items = [(each.writer, each.order, wire.encode_record(each)) for each in records]
+        self.members.on_records(items, 0)
         self.is_up.update((each.writer, up) for each in records)
         self.judge()
 

@@ -23,6 +23,9 @@ from crdtstate.wire import (
     FRAME_BYTES_MAX,
     HEADER,
     MESSAGE_BYTES_MAX,
+    Answer,
+    Ask,
+    Borrow,
     Busy,
     Bye,
     ByeCode,
@@ -33,9 +36,12 @@ from crdtstate.wire import (
     Have,
     Heartbeat,
     Hello,
+    Lend,
     Members,
     Offer,
+    Presence,
     Record,
+    Return,
     Roll,
     Want,
     decode_message,
@@ -61,7 +67,17 @@ GOLDEN: list[tuple[Frame, str]] = [
     (Heartbeat(2**63), "9a 03 cf8000000000000000 c2 90 03 00 00 00 c2 00"),
     (Heartbeat(0, (1, 2**40)), "9a 03 00 c3 92 01 cf0000010000000000 03 00 00 00 c2 00"),
     (Heartbeat(0, (), 1, 2, 3, 5, True, 4), "9a 03 00 c3 90 01 02 03 05 c3 04"),
-    (Members((b"one", b"two")), "92 04 92 c4036f6e65 c40374776f"),
+    (Members(((7, 8, b"one"), (9, 1, b"two"))), "94 04 92 07 09 92 08 01 92 c4036f6e65 c40374776f"),
+    (
+        Ask(9, 2, ("ann", "bob"), "plan", Version({5: 2}), True, False),
+        "98 22 09 02 92 a3616e6e a3626f62 a4706c616e 92 05 02 c3 c2",
+    ),
+    (Answer(9, "ann", Version({5: 2}), 3), "95 23 09 a3616e6e 92 05 02 03"),
+    (Borrow(), "91 24"),
+    (Lend(5, {"plan": 2}), "94 25 05 91 a4706c616e 91 02"),
+    (Return(5, {"plan": 2}), "94 26 05 91 a4706c616e 91 02"),
+    (Presence(5, "ann", 7, 1000, b"x"), "96 28 05 a3616e6e 07 cd03e8 c40178"),
+    (Presence(5, "ann", 8, 0, None), "96 28 05 a3616e6e 08 00 c0"),
     (Roll({9: 1, 5: 2}), "93 05 94 05 02 09 01 c2"),
     (Roll({}, is_answer=True), "93 05 90 c3"),
     (Changes((b"one", b"")), "94 10 92 c4036f6e65 c400 c2 c2"),
@@ -89,6 +105,9 @@ uint64s = st.integers(0, 2**64 - 1)
 protos = st.integers(1, 2**16 - 1)
 ranges = st.tuples(writers, seqs, seqs).map(lambda r: (r[0], min(r[1:]), max(r[1:])))
 
+agents = names.filter(lambda name: len(name) <= 100)
+versions = st.dictionaries(writers, seqs, max_size=30).map(Version)
+
 frames: st.SearchStrategy[Frame] = st.one_of(
     st.builds(
         Hello,
@@ -114,7 +133,12 @@ frames: st.SearchStrategy[Frame] = st.one_of(
         st.booleans(),
         uint64s,
     ),
-    st.builds(Members, st.lists(st.binary(max_size=300), max_size=20).map(tuple)),
+    st.builds(
+        Members,
+        st.lists(
+            st.tuples(writers, st.integers(1, 2**54), st.binary(max_size=300)), max_size=20
+        ).map(tuple),
+    ),
     st.builds(Roll, st.dictionaries(writers, st.integers(0, 2**54), max_size=30), st.booleans()),
     st.builds(
         Changes,
@@ -128,6 +152,28 @@ frames: st.SearchStrategy[Frame] = st.one_of(
     st.builds(Get, names, digests, sizes),
     st.builds(Chunk, names, digests, sizes, st.binary(max_size=1000)),
     st.builds(Busy, names, st.integers(0, 86_400_000)),
+    st.builds(
+        Ask,
+        uint64s,
+        st.integers(1, 2**32),
+        st.lists(agents, max_size=5).map(tuple),
+        names,
+        versions,
+        st.booleans(),
+        st.booleans(),
+    ),
+    st.builds(Answer, uint64s, agents, versions, st.integers(0, 64)),
+    st.just(Borrow()),
+    st.builds(Lend, st.integers(0, WRITER_MAX), st.dictionaries(names, seqs, max_size=5)),
+    st.builds(Return, writers, st.dictionaries(names, seqs, max_size=5)),
+    st.builds(
+        Presence,
+        writers,
+        agents,
+        uint64s,
+        st.integers(0, 3_600_000),
+        st.none() | st.binary(max_size=300),
+    ),
 )
 
 
@@ -200,9 +246,9 @@ def test_whatever_is_done_to_a_record_it_is_read_or_refused(
 
 
 def test_many_records_go_in_several_frames() -> None:
-    record = encode_record(Record(1, 1, 1, "x" * 100))
+    record = Record(1, 1, 1, "x" * 100)
 
-    frames = list(split_records([record] * 3000))
+    frames = list(split_records([(1, record.order, encode_record(record))] * 3000))
 
     assert sum(len(frame.records) for frame in frames) == 3000
     assert all(len(encode_frame(frame)) <= 65 * 1024 for frame in frames)

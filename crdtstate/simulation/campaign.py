@@ -48,8 +48,9 @@ SETTLING = 90.0
 COPIES_MAX = 5
 """Times that a change may be sent to each replica, whatever goes wrong."""
 
-MESH_MAX = 16
-"""Agents that are connected with each other; more go through a relay."""
+FORMED = 1.0
+FORMED_LARGE = 10.0
+"""Seconds after which a mesh has found itself, in `_Calm`."""
 
 LASTING = 15.0
 """Seconds within which a strong operation must end when nothing is wrong."""
@@ -202,8 +203,6 @@ class _History:
         self._moments = 0
         # Voters that lost what they had promised to keep: then nothing strong is promised.
         self.forgetful: set[str] = set()
-        if agents is not None and agents > MESH_MAX:
-            options["relays"] = options.get("relays") or 1
         self.sim = Simulation(seed, agents or self._draw_size(), **options)
         self._tokens = dict.fromkeys(self.sim.names, 0)
 
@@ -410,13 +409,15 @@ class _Calm(_History):
         self.active = max(ACTIVE, changes / 20)
 
     def run(self) -> None:
-        self.sim.run(1.0)
-        self.active += 1.0
+        begin = FORMED if len(self.sim.names) <= self.sim.config.mesh_max else FORMED_LARGE
+        self.sim.run(begin)
+        # What it took to find each other is not part of the changes' cost.
+        self.sim.oracle.sent_bytes = 0
         for _ in range(self.changes):
-            at = self.rng.uniform(1.0, self.active)
+            at = begin + self.rng.uniform(0.0, self.active)
             name = self.rng.choice(self.sim.names)
             self.sim.at(at, partial(self.write, name, 1))
-        self.sim.run(self.active - 1.0)
+        self.sim.run(self.active)
         self.settle()
 
 
