@@ -29,9 +29,16 @@ BYTES_MAX = 16 * 2**20
 class _Shown:
     agent: str
     count: int
-    # None: it was taken back; remembered until then, so that no older one brings it back.
+    # None: it was taken back, or is over.
     value: bytes | None
     until: float
+    # Its count is remembered until then, so that nobody who was away brings an older one back.
+    known_until: float
+
+    @property
+    def ends_at(self) -> float:
+        """When there is something to do about it."""
+        return self.known_until if self.value is None else self.until
 
 
 class Presence:
@@ -50,7 +57,9 @@ class Presence:
         self._count = wall_ms * 1000
         self._shown: dict[int, _Shown] = {}
         self._bytes = 0
-        self._own: tuple[bytes | None, float] | None = None
+        self._own: tuple[bytes, float] | None = None
+        # Until when somebody may show an own value.
+        self._own_until = 0.0
         self._renew_at: float | None = None
         # When the next value ends, at the earliest.
         self._ends_at: float | None = None
@@ -61,9 +70,14 @@ class Presence:
     # Looking
 
     def values(self, now: float) -> Iterator[tuple[int, str, bytes]]:
-        """What the others show: (writer, agent, packed value)."""
+        """What the others show: (writer, agent, packed value). Of several writers of one name the
+        newest counts: the others are what an agent without a store was in earlier lives."""
+        newest = {self._agent: self._count}
+        for shown in self._shown.values():
+            newest[shown.agent] = max(shown.count, newest.get(shown.agent, 0))
         for writer, shown in self._shown.items():
-            if shown.value is not None and shown.until > now:
+            is_newest = shown.count >= newest[shown.agent]
+            if shown.value is not None and shown.until > now and is_newest:
                 yield writer, shown.agent, shown.value
 
     @property
@@ -81,12 +95,24 @@ class Presence:
 
     def show(self, value: bytes | None, ttl: float, now: float) -> wire.Presence:
         """Show a value from now on, or none any more; returns what to tell everybody."""
-        self._own = None if value is None else (value, ttl)
-        self._renew_at = None if value is None else now + ttl * RENEW
+        if value is None:
+            self._own = self._renew_at = None
+            self._count += 1
+            # It must be remembered for as long as anybody may show what is taken back.
+            self._own_until = max(self._own_until, now + ttl)
+            return self._frame(None, self._own_until - now)
+        self._own = value, ttl
+        return self._renew(now)
+
+    def _renew(self, now: float) -> wire.Presence:
+        assert self._own is not None
+        value, ttl = self._own
+        self._renew_at = now + ttl * RENEW
+        self._own_until = max(self._own_until, now + ttl)
+        self._count += 1
         return self._frame(value, ttl)
 
     def _frame(self, value: bytes | None, ttl: float) -> wire.Presence:
-        self._count += 1
         return wire.Presence(self._writer, self._agent, self._count, int(ttl * 1000), value)
 
     def rename(self, writer: int) -> None:
@@ -109,26 +135,24 @@ class Presence:
             return False
         self._bytes += size
         until = now + frame.ttl_ms / 1000
-        self._ends_at = until if self._ends_at is None else min(self._ends_at, until)
-        self._shown[frame.writer] = _Shown(frame.agent, frame.count, frame.value, until)
+        known_until = max(until, known.known_until) if known else until
+        shown = _Shown(frame.agent, frame.count, frame.value, until, known_until)
+        self._shown[frame.writer] = shown
+        self._ends_at = min(
+            shown.ends_at, shown.ends_at if self._ends_at is None else self._ends_at
+        )
         return True
-
-    def drop(self, writer: int) -> bool:
-        """Forget what a member shows: it is down. True if it showed something."""
-        shown = self._shown.pop(writer, None)
-        if shown is None:
-            return False
-        self._bytes -= len(shown.value or b"")
-        return shown.value is not None
 
     def all(self, now: float) -> list[wire.Presence]:
         """What to tell somebody who has just joined."""
         found = []
         if self._own is not None:
-            found.append(self._frame(*self._own))
+            found.append(self._renew(now))
+        elif self._own_until > now:
+            found.append(self._frame(None, self._own_until - now))
         for writer, shown in self._shown.items():
-            left_ms = int((shown.until - now) * 1000)
-            if shown.value is not None and left_ms > 0:
+            left_ms = int((shown.ends_at - now) * 1000)
+            if left_ms > 0:
                 frame = wire.Presence(writer, shown.agent, shown.count, left_ms, shown.value)
                 found.append(frame)
         return found
@@ -138,11 +162,13 @@ class Presence:
         ended = []
         if self._ends_at is not None and self._ends_at <= now:
             for writer, shown in list(self._shown.items()):
-                if shown.until <= now and self.drop(writer):
+                if shown.value is not None and shown.until <= now:
                     ended.append((writer, shown.agent))
-            self._ends_at = min((shown.until for shown in self._shown.values()), default=None)
-        if self._own is None or self._renew_at is None or self._renew_at > now:
+                    self._bytes -= len(shown.value)
+                    shown.value = None
+                if shown.ends_at <= now:
+                    del self._shown[writer]
+            self._ends_at = min((shown.ends_at for shown in self._shown.values()), default=None)
+        if self._renew_at is None or self._renew_at > now:
             return None, ended
-        value, ttl = self._own
-        self._renew_at = now + ttl * RENEW
-        return self._frame(value, ttl), ended
+        return self._renew(now), ended

@@ -66,6 +66,7 @@ from crdtstate.stores import Entry, Saved, Store
 from crdtstate.stores.journal import Journal
 from crdtstate.stores.memory import MemoryStore
 from crdtstate.transports import Connection, Http, Listener, check_scheme, dial, listen
+from crdtstate.transports import lan as lan_module
 from crdtstate.values import pack, unpack, unpack_key
 
 log = logging.getLogger("crdtstate")
@@ -172,6 +173,8 @@ class Replica(DocumentSet):
             leave a trace in every document. Opening waits for it, up to `Config.lease_timeout`.
         advertise: The URL under which others can reach this replica, if that is not *listen*:
             behind a proxy, or when it listens on all interfaces.
+        lan: Find other replicas on the local network that give the same word here, and be found.
+            Needs the extra ``crdtstate[lan]``.
         tls: The certificate to show with ``listen="wss://..."``; for peers, whom to trust.
         http: Answers plain HTTP requests on the listening port.
 
@@ -192,6 +195,7 @@ class Replica(DocumentSet):
         subscribe: Iterable[str] | None = None,
         lease: bool = False,
         advertise: str | None = None,
+        lan: str | None = None,
         tls: ssl.SSLContext | None = None,
         http: Http | None = None,
     ) -> None:
@@ -227,6 +231,11 @@ class Replica(DocumentSet):
             check_url(url)
         self._http = http
         self._advertise = advertise
+        if lan is not None:
+            if not isinstance(lan, str) or not lan:
+                raise UsageError(f"lan is a word that replicas share, not {lan!r}")
+            lan_module.check_extra()
+        self._lan = lan
         self._tls = tls
         self._subscribe = None if subscribe is None else _check_patterns(subscribe)
         self._is_leasing = lease
@@ -287,6 +296,8 @@ class Replica(DocumentSet):
             self._store.close(clean=False)
             raise
         self._wake()
+        if self._lan is not None:
+            self._spawn(self._search(self._lan), "local network")
         if loan is not None:
             self._sync.borrow(loan.lender, loan.terms.seqs)
             await self._await_loan(loan)
@@ -466,6 +477,20 @@ class Replica(DocumentSet):
         if self._unsaved_bytes > self.config.unsaved_bytes:
             assert self._store.failure is not None
             raise StoreUnavailable(self._store.path or "memory", str(self._store.failure))
+
+    async def _search(self, space: str) -> None:
+        """Stay connected to those who are on the local network."""
+
+        def found(url: str) -> None:
+            self._sync.add_seed(url, self._loop.time())
+            self._wake()
+
+        def lost(url: str) -> None:
+            if url not in self._peer_urls:
+                self._sync.remove_seed(url)
+
+        name = f"{self._session:016x}"
+        await lan_module.Lan(space, name, self.address, found, lost).run()
 
     def connect(self, url: str) -> None:
         """Stay connected to the peer at *url* from now on, as if it had been in `peers`."""

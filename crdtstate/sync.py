@@ -462,6 +462,11 @@ class Sync:
         self.mesh.topology.add_seed(url, now)
         self.mesh.dial(now)
 
+    def remove_seed(self, url: str) -> None:
+        """Do not insist on a connection to *url* any more; one that stands is kept."""
+        self._seeds = tuple(seed for seed in self._seeds if seed != url)
+        self.mesh.topology.remove_seed(url)
+
     def dial_failed(self, url: str, now: float) -> None:
         """What a `Dial` asked for failed; it will be tried again."""
         self._now = now

@@ -111,6 +111,11 @@ class Topology:
         target = self._targets.setdefault(url, _Target(url, True, now))
         target.is_seed = True
 
+    def remove_seed(self, url: str) -> None:
+        """Treat *url* as any address that others tell."""
+        if (target := self._targets.get(url)) is not None:
+            target.is_seed = False
+
     # What became of it
 
     def dial_failed(self, url: str, now: float) -> None:
