@@ -40,9 +40,11 @@ from typing import Any, Self, TypeVar
 from crdtstate import replica
 from crdtstate.clock import Cut
 from crdtstate.conflict import Conflict
+from crdtstate.consistency import Confirm, Receipt
 from crdtstate.documents import MAIN
 from crdtstate.errors import ReplicaClosed, UsageError
 from crdtstate.events import Event
+from crdtstate.membership import Member
 from crdtstate.replica import Peer
 
 T = TypeVar("T")
@@ -215,7 +217,24 @@ class Replica:
         """Wait until every connected peer has what this replica has, and it what they have."""
         self._wait(lambda: self._replica.synced(timeout))
 
+    def confirm(self, confirm: Confirm, timeout: float | None = None) -> Receipt:
+        """Wait until as many replicas as *confirm* says have what was written here so far. See
+        `crdtstate.Replica.confirm`."""
+        return self._wait(lambda: self._replica.confirm(confirm, timeout))
+
     # Watching and looking
+
+    def present(self, value: Any, *, ttl: float = 30.0) -> None:
+        """Show *value* to all members. See `crdtstate.Replica.present`."""
+        self.call(lambda inner: inner.present(value, ttl=ttl))
+
+    def presence(self) -> dict[str, Any]:
+        """What all agents show now: agent -> value."""
+        return self.call(lambda inner: inner.presence())
+
+    def members(self) -> list[Member]:
+        """All known members of the mesh, this one included, by name."""
+        return self.call(lambda inner: inner.members())
 
     def on(self, event: type[E], handler: Callable[[E], object]) -> Callable[[], None]:
         """Call *handler*, on the replica's thread, with every event of the type *event*.
@@ -286,14 +305,14 @@ class Replica:
             self._loop.call_soon_threadsafe(_answer, answer, function)
         return answer
 
-    def _wait(self, start: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def _wait(self, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
         if self._is_here() or self._held is not None:
             raise UsageError("in a handler or transaction nothing can be waited for")
         with self._lock:
             self._check_open()
             future = asyncio.run_coroutine_threadsafe(start(), self._loop)
         try:
-            future.result()
+            return future.result()
         except CancelledError:
             raise ReplicaClosed(f"{self.agent}: closed while waiting") from None
         except BaseException:
@@ -432,6 +451,14 @@ class Map(_View, MutableMapping[str, Any]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._home.call(lambda _: list(self._inner)))
 
+    def get_strong(self, key: str, *, timeout: float | None = 5.0) -> Any:
+        """See `crdtstate.Map.get_strong`."""
+        return self._home._wait(lambda: self._inner.get_strong(key, timeout=timeout))
+
+    def set_strong(self, key: str, value: Any, *, timeout: float | None = 5.0) -> None:
+        """See `crdtstate.Map.set_strong`."""
+        self._home._wait(lambda: self._inner.set_strong(key, value, timeout=timeout))
+
     def items(self) -> ItemsView[str, Any]:
         return self._home.call(lambda _: dict(self._inner)).items()
 
@@ -473,3 +500,11 @@ class Register(_View):
     @value.setter
     def value(self, value: Any) -> None:
         self._home.call(lambda _: setattr(self._inner, "value", value))
+
+    def get_strong(self, *, timeout: float | None = 5.0) -> Any:
+        """See `crdtstate.Register.get_strong`."""
+        return self._home._wait(lambda: self._inner.get_strong(timeout=timeout))
+
+    def set_strong(self, value: Any, *, timeout: float | None = 5.0) -> None:
+        """See `crdtstate.Register.set_strong`."""
+        self._home._wait(lambda: self._inner.set_strong(value, timeout=timeout))

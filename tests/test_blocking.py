@@ -6,11 +6,20 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import crdtstate
-from crdtstate import Changed, Config, ReplicaClosed, UnsupportedValue, UsageError, WaitTimeout
+from crdtstate import (
+    Changed,
+    Config,
+    Confirm,
+    ReplicaClosed,
+    UnsupportedValue,
+    UsageError,
+    WaitTimeout,
+)
 from crdtstate.blocking import Replica
 
 
@@ -289,3 +298,22 @@ def test_it_can_be_looked_at_before_and_after(tmp_path):
         plan["goal"] = "more"
     with pytest.raises(UsageError, match="once"):
         replica.__enter__()
+
+
+def test_it_confirms_reads_strongly_and_shows_itself(tmp_path: Path) -> None:
+    config = Config(voters=["ann"])
+    with Replica("ann", store=tmp_path / "ann.db", config=config) as ann:
+        plan, leader = ann.map("plan"), ann.register("leader")
+        plan["goal"] = "ship it"
+
+        assert ann.confirm(Confirm.majority(durable=True), timeout=10).by == ("ann",)
+        plan.set_strong("owner", "ann")
+        leader.set_strong("ann", timeout=10)
+        ann.present("busy")
+
+        assert (plan.get_strong("owner"), leader.get_strong()) == ("ann", "ann")
+        assert plan.get_strong("nothing") is None
+        assert ann.presence() == {"ann": "busy"}
+        assert [(member.agent, member.state) for member in ann.members()] == [("ann", "up")]
+        with ann.transaction(), pytest.raises(UsageError, match="nothing can be waited for"):
+            plan.get_strong("owner")
