@@ -83,6 +83,9 @@ FAREWELL = 1.0
 CONTROL_BYTES_MAX = 8 * 2**20
 """Bytes that a peer may leave unread before its connection is cut."""
 
+STRANGERS_MAX = 100
+"""Connections above `Config.links_max` whose other side has not said yet who it is."""
+
 FAIR_BYTES = 64 * 2**10
 """Bytes that each peer may leave unread also when all together leave too many."""
 
@@ -1121,7 +1124,8 @@ class Replica(DocumentSet):
         task.add_done_callback(self._tasks.discard)
 
     async def _accept(self, connection: Connection) -> None:
-        if self._state == "open" and not self._sync.mesh.has_left:
+        is_full = len(self._links) >= self.config.links_max + STRANGERS_MAX
+        if self._state == "open" and not self._sync.mesh.has_left and not is_full:
             await self._run(connection, None)
 
     async def _dial(self, url: str) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from itertools import chain, islice
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -61,6 +62,9 @@ MEMBERS_MAX = 10_000
 
 RECORD_BYTES_MAX = 32 * 2**10
 RECORDS_MAX = 1024
+RECORDS_CACHED = 4096
+"""Decoded records that replicas of one process share."""
+
 LOST_MAX = 1024
 """Members that one record says to have lost."""
 
@@ -659,6 +663,7 @@ def _read_fields(source: msgpack.Unpacker, kind: int) -> Frame:
             )
 
 
+@lru_cache(maxsize=RECORDS_CACHED)
 def decode_record(data: bytes) -> Record:
     """Return the record that `encode_record` wrote; raises ProtocolError."""
     if not 0 < len(data) <= RECORD_BYTES_MAX:

@@ -72,7 +72,7 @@ class _Demoted(logging.LoggerAdapter[logging.Logger]):
 SETTINGS: dict[str, Any] = {
     "compression": None,
     "max_size": MESSAGE_BYTES_MAX + 1024,
-    "max_queue": 64,
+    "max_queue": 16,
     "write_limit": 64 * 1024,
     "ping_interval": None,
     "close_timeout": CLOSE_TIMEOUT,
