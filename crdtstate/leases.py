@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from crdtstate.identity import draw_writer
 
 FREE_MAX = 10_000
+LENT_MAX = 100_000
+"""Writers that are remembered as lent. Of more the oldest are forgotten: they are lent no more."""
 
 
 class Leases:
@@ -32,7 +34,8 @@ class Leases:
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
         self._free: list[int] = []
-        self._lent: set[int] = set()
+        # In the order in which they were lent.
+        self._lent: dict[int, None] = {}
 
     @property
     def lent(self) -> int:
@@ -47,7 +50,9 @@ class Leases:
     def lend(self) -> int:
         """A writer that nobody else writes as."""
         writer = self._free.pop() if self._free else draw_writer(self._rng)
-        self._lent.add(writer)
+        self._lent[writer] = None
+        if len(self._lent) > LENT_MAX:
+            del self._lent[next(iter(self._lent))]
         return writer
 
     def take_back(
@@ -59,6 +64,6 @@ class Leases:
             return False
         if dict(written) != dict(committed) or len(self._free) >= FREE_MAX:
             return False
-        self._lent.discard(writer)
+        del self._lent[writer]
         self._free.append(writer)
         return True

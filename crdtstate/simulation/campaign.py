@@ -4,8 +4,9 @@ Campaigns: many short histories, each as nasty as chance can make it.
 A seed decides on a fleet and its network, on tight limits, on who writes what when, and on what
 goes wrong: connections that flap or lead nowhere, partitions, kills, power cuts (of all at once,
 and right after a commit, which chance alone would hardly ever hit), slow peers, stalls, slow disks,
-clocks that jump, engines that fail. Then everything is repaired, and the fleet must become equal.
-The oracle watches throughout. ``run_seed(seed)`` shows again what a seed showed.
+clocks that jump, engines that fail. Meanwhile some read and write strongly, or have writes
+confirmed. Then everything is repaired, and the fleet must become equal, all must see all up, and
+the strong operations must have been linearizable. The oracle watches throughout. ``run_seed(seed)`` shows again what a seed showed.
 """
 
 from __future__ import annotations
@@ -275,6 +276,9 @@ class _History:
         if (replica := self._free(name)) is None:
             return
         document = replica.document("main")
+        if document.is_broken:
+            # What is written now has no dot yet.
+            return
         document.map("plan")[self.rng.choice(KEYS)] = number
         replica.seal_now(document)
         dot = Dot(replica.writer, document.version.get(replica.writer, 0))
@@ -314,6 +318,24 @@ class _History:
                 self.sim.oracle.expect(lasting, "I12", f"{operation} does not end")
             anomaly = check(self.history.operations())
             self.sim.oracle.expect(anomaly is None, "I12", str(anomaly))
+
+    def check_members(self) -> None:
+        """When nothing is wrong, everybody sees everybody up, and nobody else (I14)."""
+        writers = {replica.writer for replica in self.sim.replicas}
+
+        def has_all(replica: SimulatedReplica) -> bool:
+            members = replica.core.mesh.members.members()
+            return {m.writer for m in members if m.state in ("up", "suspected")} == writers
+
+        try:
+            self.sim.until(lambda: all(map(has_all, self.sim.replicas)), LASTING)
+        except Violation:
+            raise
+        except AssertionError:
+            for replica in self.sim.replicas:
+                seen = {m.agent: m.state for m in replica.core.mesh.members.members()}
+                lacks = not has_all(replica)
+                self.sim.oracle.expect(not lacks, "I14", f"{replica.agent} sees {seen}")
 
     def _compare_views(self) -> None:
         """What users read must be the same everywhere."""
@@ -463,6 +485,7 @@ class _Nasty(_History):
             self.repair()
             self.settle()
             self.check_strong()
+            self.check_members()
 
     # Faults
 

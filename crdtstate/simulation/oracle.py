@@ -16,6 +16,9 @@ I8   HAVE names only what is committed, and no own change leaves before it is.
 I9   The heads are the maximal elements of what was delivered.
 I10  Who has taken in a causal token reads what its maker had written.
 I11  What honest replicas say is never refused.
+I12  Strong reads and writes are linearizable, and end when nothing is wrong (`campaign`, `linear`).
+I13  Who confirmed that something is on its disk has it there after a power cut (`campaign`).
+I14  When nothing is wrong, everybody sees everybody up, and nobody else (`campaign`).
 L3   At rest no lane holds what says nothing any more; see `lanes`.
 """
 
