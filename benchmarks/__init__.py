@@ -1,8 +1,8 @@
 """
 Benchmarks: what crdtstate costs, next to the least that it could cost.
 
-    python -m benchmarks                    all of them, five to eight minutes
-    python -m benchmarks --quick            small versions, under a minute
+    python -m benchmarks                    all of them, eight to twelve minutes
+    python -m benchmarks --quick            small versions, under two minutes
     python -m benchmarks writes growth      some of them
     python -m benchmarks --json             for machines
 
@@ -17,7 +17,8 @@ otherwise: what waits for another process is measured by the wall clock.
     writes       local writes and the journal        applies    changes of others
     reads        maps and counters                   propagation  from one agent to another
     fleet        ten agents on one relay             growth     what a million writes leave behind
-    recovery     opening a store, snapshots
+    recovery     opening a store, snapshots          many       two hundred agents on one relay
+    stalled      the same, and one does not read
 
 To add one: a module with a function from `Effort` to results, named in `__main__`.
 """

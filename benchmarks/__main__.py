@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from benchmarks.applies import applies
 from benchmarks.fleet import fleet
 from benchmarks.growth import growth
+from benchmarks.many import many, stalled
 from benchmarks.measure import FULL, QUICK, Effort, Result
 from benchmarks.propagation import propagation
 from benchmarks.reads import reads
@@ -23,6 +24,8 @@ BENCHMARKS: dict[str, Callable[[Effort], Sequence[Result]]] = {
     "reads": reads,
     "propagation": propagation,
     "fleet": fleet,
+    "many": many,
+    "stalled": stalled,
     "growth": growth,
     "recovery": recovery,
 }
@@ -33,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="See benchmarks/.")
     known = ", ".join(BENCHMARKS)
     parser.add_argument("names", nargs="*", metavar="name", help=f"which: {known}; default: all")
-    parser.add_argument("--quick", action="store_true", help="small versions, under a minute")
+    parser.add_argument("--quick", action="store_true", help="small versions, under two minutes")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.names if name not in BENCHMARKS]

@@ -228,7 +228,7 @@ class Membership:
             self._claiming.add(record.writer)
         else:
             self._claiming.discard(record.writer)
-        known.claims_since = None
+            known.claims_since = None
         self.news[record.writer] = peer
         self.is_stale = True
 

@@ -706,3 +706,15 @@ def test_members_are_listed_with_oneself() -> None:
 
     found = [(member.agent, member.state, member.is_self) for member in host.members.members()]
     assert found == [("agent-1", "up", True), ("agent-2", "up", False)]
+
+
+def test_a_record_that_was_under_way_when_its_member_died_delays_nothing() -> None:
+    host = Host(record(2, 1, seq=5))
+    host.update(_2=False)
+    host.linked = {}
+    host.members.cut_off(2, host.now)
+
+    host.take(record(2, 1, 3, seq=6))
+    host.members.publish((), set(), host.now)
+
+    assert host.members.me.lost == ((2, 6),)

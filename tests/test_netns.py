@@ -228,10 +228,15 @@ class Host:
         if self._lines.process.returncode is None:
             self._lines.process.send_signal(number)
 
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self._lines.process.pid
+
     def waited(self) -> float:
         """Seconds that its process was ready to run and there was no CPU for it."""
         try:
-            schedstat = Path(f"/proc/{self._lines.process.pid}/schedstat").read_text()
+            schedstat = Path(f"/proc/{self.pid}/schedstat").read_text()
         except OSError:
             return 0.0
         return int(schedstat.split()[1]) / 1e9
@@ -278,10 +283,10 @@ class Host:
 
 
 class Moment(NamedTuple):
-    """When it was, and how long the hosts of a fleet had waited for CPUs until then."""
+    """When it was, and how long each process of a fleet had waited for a CPU until then."""
 
     at: float
-    waited: float
+    waited: dict[int, float]
 
 
 class Fleet:
@@ -315,10 +320,11 @@ class Fleet:
     def within(self, limit: float, since: Moment) -> float:
         """The limit for something that took from *since* until now. Time in which hosts could not
         run because the machine had other things to do is not theirs."""
-        return limit + max(0.0, self._waited() - since.waited)
+        now = self._waited()
+        return limit + sum(waited - since.waited.get(pid, 0.0) for pid, waited in now.items())
 
-    def _waited(self) -> float:
-        return sum(host.waited() for host in self if host.is_running)
+    def _waited(self) -> dict[int, float]:
+        return {host.pid: host.waited() for host in self if host.is_running}
 
     def number(self, event: str) -> int:
         """How often somebody told of an event."""
@@ -634,7 +640,7 @@ async def test_who_is_killed_is_down_in_a_second_and_misses_nothing_when_back(fl
         back = await victim.start()
         took = await fleet.equal_at(await fleet.stop_writing()) - back
         took_limit = fleet.within(EQUAL_WITHIN, dead)
-        ups = await heard(fleet, "MemberUp", mourning, back - 1)
+        ups = await heard(fleet, "MemberUp", mourning, dead.at)
         await together(host.ask("settle", members=len(NAMES)) for host in fleet)
 
         assert downs[-1] <= down_limit, fleet.story(victim.name, killed.at)
@@ -642,7 +648,7 @@ async def test_who_is_killed_is_down_in_a_second_and_misses_nothing_when_back(fl
         assert fleet.downs(killed.at) == mourning
         measured.append(
             f"{victim.name} killed: down after {span(downs)} s; back, all equal {took:.2f} s after "
-            f"its return, up {ups[-1] - 1:.2f} s after"
+            f"its return, up {dead.at + ups[-1] - back:.2f} s after"
         )
     return "\n".join(measured)
 
