@@ -6,7 +6,8 @@ goes wrong: connections that flap or lead nowhere, partitions, kills, power cuts
 and right after a commit, which chance alone would hardly ever hit), slow peers, stalls, slow disks,
 clocks that jump, engines that fail. Meanwhile some read and write strongly, or have writes
 confirmed. Then everything is repaired, and the fleet must become equal, all must see all up, and
-the strong operations must have been linearizable. The oracle watches throughout. ``run_seed(seed)`` shows again what a seed showed.
+the strong operations must have been linearizable. The oracle watches throughout.
+``run_seed(seed)`` shows again what a seed showed.
 """
 
 from __future__ import annotations
