@@ -241,7 +241,7 @@ class Replica(DocumentSet):
         self._lan = lan
         self._tls = tls
         self._subscribe = None if subscribe is None else _check_patterns(subscribe)
-        self._is_leasing = lease
+        self._is_leasing = self._is_between_loans = lease
         self._session = self._rng.getrandbits(64)
         self._state: Literal["new", "open", "closed"] = "new"
         self._store: Store
@@ -436,6 +436,7 @@ class Replica(DocumentSet):
         try:
             async with self._lease_limit():
                 await self._until(self._sync.has_borrowed_all, None, "the loan")
+            self._is_between_loans = False
         except BaseException:
             self._is_leasing = False
             await self.close()
@@ -443,8 +444,13 @@ class Replica(DocumentSet):
 
     async def _give_back(self) -> None:
         """Hand the borrowed writer back once a relay has all that was written under it."""
+
+        def give_back() -> bool:
+            self._is_between_loans = self._sync.give_back()
+            return self._is_between_loans
+
         try:
-            await self._until(self._sync.give_back, FAREWELL, "a relay to have everything")
+            await self._until(give_back, FAREWELL, "a relay to have everything")
             self._pump()
         except WaitTimeout:
             log.info("%s: the leased writer could not be handed back", self.agent)
@@ -465,9 +471,18 @@ class Replica(DocumentSet):
             documents=self._subscribe,
         )
 
-    def _make(self, name: str, shared: bool) -> Document:
-        if not takes(self._subscribe, name):
+    def document(self, name: str, *, shared: bool = False) -> Document:
+        """See `DocumentSet.document`; of those that this replica subscribes to."""
+        if isinstance(name, str) and not takes(self._subscribe, name):
             raise UsageError(f"{name!r} is not among the documents this replica subscribes to")
+        return super().document(name, shared=shared)
+
+    def _on_write(self, document: Document) -> None:
+        if self._is_between_loans:
+            raise ReplicaClosed(f"{self.agent}: its leased writer is not to be written under now")
+        super()._on_write(document)
+
+    def _make(self, name: str, shared: bool) -> Document:
         document = super()._make(name, shared)
         document.strong = self
         return document
@@ -635,6 +650,7 @@ class Replica(DocumentSet):
             return all(
                 wanted <= (document.version if (document := self.find(name)) else Version())
                 for name, wanted in version.items()
+                if takes(self._subscribe, name)
             )
 
         await self._until(is_here, timeout, "a version")

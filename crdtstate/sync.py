@@ -288,6 +288,8 @@ class Sync:
         self.leases = Leases(rng) if hello.role == "relay" else None
         self._borrowed: dict[str, int] = {}
         self._lender: int | None = None
+        self._loan: dict[str, int] = {}
+        self._was_given_back = False
         # Document -> own seq that a peer acknowledged after it got it from here.
         self.own_acked: dict[str, int] = {}
         # Writers that this replica wrote as in earlier sessions.
@@ -323,6 +325,7 @@ class Sync:
         return sum(
             max(0, seq - link.acked.get(name, _EMPTY).get(writer, 0))
             for name, ledger in self._ledgers.items()
+            if link.takes(name)
             for writer, seq in ledger.committed.items()
         )
 
@@ -389,6 +392,8 @@ class Sync:
             if not link.is_greeted:
                 return False
             for name in self._ledgers.keys() | link.acked.keys():
+                if not link.takes(name):
+                    continue
                 mine, theirs = self.committed_version(name), link.acked.get(name, _EMPTY)
                 if not mine <= theirs or not theirs <= mine:
                     return False
@@ -526,6 +531,9 @@ class Sync:
     def local_changes(self, changes: Iterable[Change], now: float) -> None:
         """Own changes were sealed: persist them; they leave once they are committed (S1)."""
         self._now = now
+        if self._was_given_back:
+            # Somebody else writes under this writer by now. The shell refuses writes before this.
+            return
         for change in changes:
             assert change.writer == self.hello.writer, f"{change!r} is of another writer"
             self._persist(change, change)
@@ -630,7 +638,7 @@ class Sync:
             case wire.Lend():
                 raise ProtocolError("a loan that nobody asked for")
             case wire.Return():
-                self._on_return(frame)
+                self._on_return(link, frame)
             case wire.Hello():
                 self._on_hello(link, frame)
             case wire.Offer():
@@ -992,6 +1000,8 @@ class Sync:
         if link.bulk_bytes > BULK_WINDOW:
             self._refuse(link, frame.document)
             return
+        if not self._takes(frame.document):
+            return
         ledger = self._ledger(frame.document)
         if any(first <= ledger.floor.get(writer, 0) for writer, first, _ in frame.ranges):
             self._ask_snapshot(link, frame.document)
@@ -1301,6 +1311,7 @@ class Sync:
         """This replica borrowed its writer from the relay *lender*: it may write once it has
         *seqs* of it."""
         self._lender = lender
+        self._loan = dict(seqs)
         self._borrowed = {name: seq for name, seq in seqs.items() if self._takes(name)}
 
     def has_borrowed_all(self) -> bool:
@@ -1321,9 +1332,16 @@ class Sync:
             if link.writer == self._lender and all(
                 link.acked.get(name, _EMPTY).get(writer, 0) >= seq for name, seq in written.items()
             ):
-                self._send(link.peer, wire.Return(writer, written))
+                # What earlier borrowers wrote where this one takes no part is there as well.
+                self._send(link.peer, wire.Return(writer, {**self._loan, **written}))
+                self._was_given_back = True
                 return True
         return False
+
+    @property
+    def _is_between_loans(self) -> bool:
+        """Whether the borrowed writer is not to be written under: not yet, or no more."""
+        return bool(self._borrowed) or self._was_given_back
 
     def _on_borrow(self, link: Link) -> None:
         writer, seqs = 0, {}
@@ -1339,8 +1357,8 @@ class Sync:
             if writer in ledger.committed
         }
 
-    def _on_return(self, frame: wire.Return) -> None:
-        if self.leases is not None:
+    def _on_return(self, link: Link, frame: wire.Return) -> None:
+        if self.leases is not None and link.writer == frame.writer:
             self.leases.take_back(frame.writer, frame.seqs, self._committed_of(frame.writer))
 
     # Identity
@@ -1407,6 +1425,8 @@ class Sync:
         self._tick_presence()
         if self._adopt_at <= now:
             self._quorum.expire(now)
+            if self._quorum:
+                self._quorum.progressed(None, self._persisted, self._synced)
             self._history.append((now, self._commits))
             self._adopt_at = now + self.config.heartbeat
             self._adopt()
@@ -1442,7 +1462,7 @@ class Sync:
     def _adopt(self) -> None:
         """Look after the lanes of former writers of whom no peer has more than we have (L6)."""
         waiting = self.unadopted()
-        if not waiting or not self.peers or not self.is_synced():
+        if self._is_between_loans or not waiting or not self.peers or not self.is_synced():
             return
         for document, writer in waiting:
             if self._has_all_of(writer):
@@ -1457,6 +1477,9 @@ class Sync:
                 self._tidy_at = ledger.tidy_at
 
     def _tidy(self) -> None:
+        if self._is_between_loans:
+            self._tidy_at = self._now + self.config.heartbeat
+            return
         self._tidy_at = None
         for name, ledger in self._ledgers.items():
             if ledger.tidy_at is None:

@@ -13,11 +13,13 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from crdtstate import document, lanes, slots, sync
+from crdtstate import consistency, document, lanes, slots, sync
 from crdtstate.change import Change
 from crdtstate.clock import Version
+from crdtstate.consistency import StrongRead, StrongWrite
 from crdtstate.document import Document
 from crdtstate.lanes import Lanes
+from crdtstate.quorum import Quorum
 from crdtstate.simulation import run_seed, shell
 from crdtstate.stores.index import DocumentIndex
 from crdtstate.sync import Sync
@@ -25,8 +27,23 @@ from crdtstate.sync import Sync
 MUTANTS: dict[str, Callable[[], None]] = {}
 
 
+STRONG: dict[str, Callable[[], None]] = {}
+"""Those that break strong operations and receipts; test_consistency.py has scenarios for each."""
+
+
 def mutant(plant: Callable[[], None]) -> Callable[[], None]:
     MUTANTS[plant.__name__] = plant
+    return plant
+
+
+def strong(plant: Callable[[], None]) -> Callable[[], None]:
+    STRONG[plant.__name__] = plant
+    return mutant(plant)
+
+
+def rare(plant: Callable[[], None]) -> Callable[[], None]:
+    """One that the campaign would hardly ever meet."""
+    STRONG[plant.__name__] = plant
     return plant
 
 
@@ -262,6 +279,62 @@ def forwards_nothing() -> None:
 
     Sync._may_lack = own_only
     Sync._ask = asks_nobody
+
+
+# Consistency
+
+
+@strong
+def strong_without_asking() -> None:
+    def collect(self: Any, now: float) -> None:
+        self._target = Version()
+
+    StrongRead._collect = collect
+    StrongWrite._collect = collect
+
+
+@rare
+def writes_without_asking() -> None:
+    def collect(self: Any, now: float) -> None:
+        self._target = Version()
+
+    StrongWrite._collect = collect
+
+
+@rare
+def reads_without_write_back() -> None:
+    StrongRead._is_held = lambda self, dot: True
+
+
+@strong
+def answers_before_synced() -> None:
+    attempt = Quorum._try
+
+    def hasty(self: Quorum, waiting: Any, persisted: int, synced: int) -> None:
+        attempt(self, waiting, persisted, persisted)
+
+    Quorum._try = hasty
+
+
+@rare
+def strong_stamps_from_the_clock_alone() -> None:
+    Document.put_above = lambda self, container, key, value: self.put(container, key, value)
+
+
+@rare
+def answers_before_committed() -> None:
+    init = Sync.__init__
+
+    def begin(self: Sync, *args: Any) -> None:
+        init(self, *args)
+        self._quorum._committed = lambda name: self._version(name).copy()
+
+    Sync.__init__ = begin
+
+
+@strong
+def one_voter_is_enough() -> None:
+    consistency.majority = lambda voters: 1
 
 
 def kills(seeds: int) -> Iterator[tuple[int, str, str]]:

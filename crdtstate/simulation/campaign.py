@@ -302,7 +302,7 @@ class _History:
             if replica.is_alive:
                 replica.stop_machine(machine)
 
-        patience = LASTING if self.sim.now > self.active else self.rng.choice((0.5, 3.0, 10.0))
+        patience = LASTING if self.sim.now >= self.active else self.rng.choice((0.5, 3.0, 10.0))
         self.sim.at(self.sim.now + patience, expire)
         replica.start(machine, on_done)
 

@@ -65,9 +65,11 @@ class MemoryConnection:
         self._end(f"closed: {reason}" if reason else "closed")
 
     def abort(self) -> None:
-        self._inbox.clear()
-        self._other._inbox.clear()
-        self._end("connection lost")
+        if self._ended is None:
+            # What was sent before it was closed in order still arrives.
+            self._inbox.clear()
+            self._other._inbox.clear()
+            self._end("connection lost")
 
     async def _wait(self) -> None:
         self._moved.clear()
