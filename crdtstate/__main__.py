@@ -121,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     url: dict[str, Any] = {"type": _url, "metavar": "URL"}
     file: dict[str, Any] = {"metavar": "FILE"}
     add("--listen", **url, help=f"default: {DEFAULT_LISTEN}; port 0: any")
+    add("--advertise", **url, help="what members are told to reach it by")
     add("--store", **file, help="the SQLite file that keeps everything; default: memory")
     add("--peer", **url, dest="peers", action="append", help="another relay; repeatable")
     add("--durability", choices=["process", "power"], help="default: process")

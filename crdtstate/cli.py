@@ -600,6 +600,13 @@ def run_relay(
             help=f"Where to listen; port 0 takes any free one. [default: {DEFAULT_LISTEN}]",
         ),
     ] = None,
+    advertise: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="What members are told to reach it by, if that is not where it listens.",
+        ),
+    ] = None,
     store: Annotated[
         str | None, typer.Option(metavar="FILE", help="The SQLite file that keeps everything.")
     ] = None,
@@ -650,6 +657,7 @@ def run_relay(
         _check_url(url)
     flags = {
         "listen": listen,
+        "advertise": advertise,
         "store": store,
         "peers": tuple(peers) if peers else None,
         "durability": durability and durability.value,

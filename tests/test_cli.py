@@ -462,6 +462,7 @@ def test_a_flag_goes_before_a_variable_and_that_before_the_file(run, tmp_path, m
 def test_each_setting_can_come_from_everywhere(run, tmp_path, monkeypatch):
     texts = {
         "listen": ("ws://127.0.0.1:0", "ws://127.0.0.1:0"),
+        "advertise": ("wss://relay.example/mesh", "wss://relay.example/mesh"),
         "store": ("a.db", "a.db"),
         "peers": (["ws://a:1", "ws://b:1"], "ws://a:1, ws://b:1"),
         "durability": ("power", "power"),
@@ -488,7 +489,7 @@ def test_each_setting_can_come_from_everywhere(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "error"),
     [
-        ("sore = 'x'", "unknown key 'sore'; there are attached, drain, durability, "),
+        ("sore = 'x'", "unknown key 'sore'; there are advertise, attached, drain, durability, "),
         ("[config]\nheart = 1", "unknown key 'heart' in [config]; there are "),
         ("[relay]", "unknown key 'relay'"),
         ("config = 3", "config is a table: write [config]"),

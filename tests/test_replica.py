@@ -689,3 +689,21 @@ async def test_status_is_made_of_plain_values(tmp_path: Path) -> None:
         assert status["ready"] is True and status["agent"] == "ann"
         assert status["documents"] == {"main": 1} and status["peers"] == []
         assert status["address"] == ann.address
+
+
+@pytest.mark.parametrize(
+    ("listen", "advertise", "told"),
+    [
+        ("ws://127.0.0.1:0", None, "where it listens"),
+        ("ws://0.0.0.0:0", None, None),
+        ("ws://0.0.0.0:0", "wss://relay.example/mesh", "wss://relay.example/mesh"),
+    ],
+)
+@asynchronous
+async def test_members_are_told_where_a_replica_can_be_reached(
+    listen: str, advertise: str | None, told: str | None
+) -> None:
+    async with Replica("ann", listen=listen, advertise=advertise) as ann:
+        (member,) = ann.members()
+
+        assert member.address == (ann.address if told == "where it listens" else told)

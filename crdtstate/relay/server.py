@@ -43,6 +43,7 @@ async def serve(settings: Settings, announce: Callable[[str], object]) -> None:
         settings.name,
         store=settings.store,
         listen=settings.listen,
+        advertise=settings.advertise,
         peers=settings.peers,
         config=settings.config,
         durability=settings.durability,

@@ -39,6 +39,8 @@ class Settings:
 
     Attributes:
         listen: Where to listen; port 0 takes any free one.
+        advertise: The URL that members are told to reach it by; None: *listen*, unless that is on
+            all interfaces.
         store: The SQLite file that keeps everything; None: memory only.
         peers: URLs of other relays.
         durability: What a commit survives: a kill, or a power cut as well.
@@ -53,6 +55,7 @@ class Settings:
     """
 
     listen: str = DEFAULT_LISTEN
+    advertise: str | None = None
     store: str | None = None
     peers: tuple[str, ...] = ()
     durability: Durability = "process"
@@ -294,6 +297,7 @@ def _check_path(found: _Given) -> None:
 
 CHECKS: dict[str, Callable[[_Given], None]] = {
     "listen": _check_listen,
+    "advertise": _check_listen,
     "peers": _check_peers,
     "name": _check_name,
     "drain": _check_drain,
