@@ -178,6 +178,7 @@ def at_odds(relay: str, document: str, known: str) -> None:
         a.document(document).map("plan")["other"] = 1
         a.connect(relay)
         a.synced(timeout=20)
+        b.synced(timeout=20)
 
 
 def test_a_strategy_that_only_the_agents_know_does_not_make_a_map_unreadable(relay):
