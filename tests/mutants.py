@@ -260,14 +260,6 @@ def want_below_the_floor_unanswered() -> None:
 
 
 @mutant
-def slow_peers_never_told_again() -> None:
-    def writable(self: Sync, peer: int, now: float) -> None:
-        self._now = now
-
-    Sync.writable = writable
-
-
-@mutant
 def forwards_nothing() -> None:
     may_lack = Sync._may_lack
 

@@ -91,11 +91,11 @@ def test_a_calm_full_mesh_sends_each_change_once_to_everybody() -> None:
     assert report.delivery_ms["p50"] <= report.last_ms["p50"] <= report.last_ms["p99"]
 
 
-def test_large_fleets_go_through_a_relay() -> None:
-    report = run_campaign([1], agents=30, changes=10, faults=False)
+def test_in_a_large_fleet_changes_go_along_a_tree() -> None:
+    report = run_campaign([1], agents=30, changes=40, faults=False)
 
     assert report.failures == []
-    assert report.redundancy == 0.0
+    assert report.redundancy <= 0.01
 
 
 def test_a_report_is_plain_json() -> None:

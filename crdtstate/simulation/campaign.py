@@ -50,8 +50,8 @@ SETTLING = 90.0
 COPIES_MAX = 5
 """Times that a change may be sent to each replica, whatever goes wrong."""
 
-FORMED = 1.0
-FORMED_LARGE = 10.0
+FORMED = 4.0
+FORMED_LARGE = 25.0
 """Seconds after which a mesh has found itself, in `_Calm`."""
 
 LASTING = 15.0
