@@ -79,6 +79,11 @@ class Link:
         return self.hello is not None and self.hello.documents == ()
 
     @property
+    def is_member(self) -> bool:
+        """Whether the other side is up and takes part in the mesh."""
+        return self.is_up and not self.is_visitor
+
+    @property
     def is_partial(self) -> bool:
         """Whether the other side takes part in some documents only: it passes nothing on."""
         return self.hello is not None and self.hello.documents is not None

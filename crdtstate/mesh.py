@@ -81,11 +81,9 @@ class Mesh:
         self._links = links
         self._config = config
         self._rng = rng
-        self._wall_ms = wall_ms
         self._fingerprint = fingerprint
         self._send = send
         self._emit = emit
-        self._hello = hello
         self.members = Membership(_record(hello), config, wall_ms, emit, now)
         # The eldest is the best root: else each newcomer of a lower number would become it, and
         # the tree be made anew.
@@ -129,7 +127,7 @@ class Mesh:
         return soonest
 
     def _up(self) -> list[Link]:
-        return [link for link in self._links.values() if link.is_up and not link.is_visitor]
+        return [link for link in self._links.values() if link.is_member]
 
     # Links
 
@@ -365,7 +363,6 @@ class Mesh:
 
     def rename(self, hello: wire.Hello) -> None:
         """This replica goes on under another writer."""
-        self._hello = hello
         self.members.rename(_record(hello))
 
     def leave(self) -> None:

@@ -117,7 +117,7 @@ class Quorum:
     # Asking
 
     def ask(self, question: Question, persisted: int, synced: int) -> None:
-        """Begin to ask; `spread` it next. Take it back with `forget`."""
+        """Begin to ask: `due` says what to send. Take it back with `forget`."""
         self._questions[question.nonce] = question
         # It may come back, also when it is of no more interest.
         self._note_route(question.nonce, ATTEMPTS_MAX, 0)

@@ -307,7 +307,7 @@ class Sync:
     @property
     def peers(self) -> list[Link]:
         """The connections whose other side is known."""
-        return [link for link in self._links.values() if link.is_up and not link.is_visitor]
+        return [link for link in self._links.values() if link.is_member]
 
     def committed_version(self, document: str) -> Version:
         """What of *document* is committed here."""
@@ -902,7 +902,7 @@ class Sync:
         outgoing, self._outgoing = self._outgoing, []
         encoded: dict[tuple[int, ...], list[bytes]] = {}
         for link in self._links.values():
-            if not link.is_up or link.is_visitor or not link.is_greeted or link.is_congested:
+            if not link.is_member or not link.is_greeted or link.is_congested:
                 continue
             if not self.mesh.is_eager(link, self._now):
                 continue

@@ -1116,3 +1116,27 @@ def test_the_lane_of_a_former_writer_is_adopted_once_no_peer_has_more_of_it() ->
     assert lanes.tended == [1, 9]
     assert set(lanes.lanes[9].places) == {"mplan\0b"}
     assert one.document("main").lanes.canonical() == two.document("main").lanes.canonical()
+
+
+def test_a_peer_that_stays_congested_pulls_what_it_lacks() -> None:
+    one, two, here, _ = pair()
+    one.core.congested(here)
+
+    write(one, "a", "b")
+    run(one, two, seconds=60)
+
+    assert keys(two) == {"a", "b"}
+    assert not any(isinstance(f, wire.Changes) and not f.answer for _, f in one.sent)
+
+
+def test_a_peer_that_caught_up_is_told_at_once_what_it_lacks() -> None:
+    one, two, here, _ = pair()
+    one.core.congested(here)
+    write(one, "a")
+    run(one, two, seconds=1)
+    assert keys(two) == set()
+
+    one.core.writable(here, one.now)
+    run(one, two, seconds=1)
+
+    assert keys(two) == {"a"}
