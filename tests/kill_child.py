@@ -16,6 +16,7 @@ import os
 import random
 import sys
 
+import crdtstate.transports.websocket  # noqa: F401  (before the fork, or each child would)
 from crdtstate import Config, IdentityRollback, Replica
 
 
