@@ -28,7 +28,7 @@ from crdtstate import Cut, Map, Replica, Version, wire
 from crdtstate.config import Config
 from crdtstate.documents import DocumentSet
 from crdtstate.identity import draw_writer
-from crdtstate.sync import Persist, Send, Sync
+from crdtstate.sync import Persist, Sync, Transmit
 
 LOCAL = "ws://127.0.0.1:0"
 OWN_KEYS = 100
@@ -251,8 +251,9 @@ class _Node(DocumentSet):
             committed = 0
             for effect in effects:
                 match effect:
-                    case Send(peer, frame):
-                        self.outboxes.setdefault(peer, []).append(frame)
+                    case Transmit(peer):
+                        while frames := self.sync.take(peer):
+                            self.outboxes.setdefault(peer, []).extend(frames)
                     case Persist(number, _):
                         committed = number
                     case _:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from crdtstate import wire
 from crdtstate.clock import Version
+from crdtstate.outbox import Outbox
 
 
 @dataclass(slots=True, eq=False)
@@ -43,8 +44,7 @@ class Link:
     # Its fingerprints of versions and of members in its newest heartbeat, and ours then.
     told: tuple[int, int, int, int] | None = None
     strikes: int = 0
-    # What it asked for and has not left yet.
-    bulk_bytes: int = 0
+    outbox: Outbox = field(default_factory=Outbox)
 
     @property
     def dialled(self) -> bool:

@@ -60,7 +60,6 @@ from crdtstate.events import (
 from crdtstate.identity import draw_writer, may_keep_writer
 from crdtstate.link import takes
 from crdtstate.membership import Member
-from crdtstate.outbox import Lane, Outbox
 from crdtstate.slots import SEPARATOR
 from crdtstate.stores import Entry, Saved, Store
 from crdtstate.stores.journal import Journal
@@ -80,14 +79,8 @@ STORE_RETRY = 1.0
 FAREWELL = 1.0
 """How long closing waits for what is queued to leave."""
 
-CONTROL_BYTES_MAX = 8 * 2**20
-"""Bytes that a peer may leave unread before its connection is cut."""
-
 STRANGERS_MAX = 100
 """Connections above `Config.links_max` whose other side has not said yet who it is."""
-
-FAIR_BYTES = 64 * 2**10
-"""Bytes that each peer may leave unread also when all together leave too many."""
 
 PENDING_EVENTS_MAX = 1_000_000
 """Events that wait for handlers: as many as a large document has places. The oldest go first."""
@@ -141,15 +134,13 @@ class _Loan(NamedTuple):
 
 
 class _Link:
-    """A connection's shell: what waits to be sent, and why it ended."""
+    """A connection's shell: whether its task has to send, and why it ended."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self.outbox = Outbox()
-        self.is_congested = False
         self.wake = asyncio.Event()
+        self.is_sending = False
         self.ending: tuple[wire.ByeCode, str] | None = None
-        self.writer: int | None = None
 
 
 class Replica(DocumentSet):
@@ -250,7 +241,8 @@ class Replica(DocumentSet):
         self._listener: Listener | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._links: dict[int, _Link] = {}
-        self._queued_bytes = 0
+        # What went into one message last, and that: most peers get the same.
+        self._message: tuple[list[bytes], bytes] = ([], b"")
         self._link_ended = asyncio.Event()
         self._next_peer = 1
         # Where the pump is: called soon, or running.
@@ -763,12 +755,10 @@ class Replica(DocumentSet):
         for link in self._sync.peers:
             assert link.hello is not None
             hello = link.hello
-            shell = self._links.get(link.peer)
-            queued = shell.outbox.size_bytes if shell else 0
             lag = self._sync.lag(link.peer)
             seconds = self._sync.lag_seconds(link.peer, self._loop.time())
             who = (hello.agent, hello.writer, hello.role, hello.address)
-            found.append(Peer(*who, lag, seconds, queued))
+            found.append(Peer(*who, lag, seconds, self._sync.queued_bytes(link.peer)))
         return sorted(found, key=lambda peer: (peer.agent, peer.writer))
 
     def members(self) -> list[Member]:
@@ -883,8 +873,8 @@ class Replica(DocumentSet):
         """Carry out *effects*; what is left in *batch* is still to be appended."""
         for effect in effects:
             match effect:
-                case sync.Send(peer, frame, lane):
-                    self._enqueue(peer, frame, lane)
+                case sync.Transmit(peer):
+                    self._transmit(peer)
                 case sync.Persist(number, change):
                     entry = Entry(change.document, change.writer, change.seq, change.data)
                     batch.append((number, entry))
@@ -1170,12 +1160,12 @@ class Replica(DocumentSet):
         peer, self._next_peer = self._next_peer, self._next_peer + 1
         link = self._links[peer] = _Link(connection)
         self._sync.peer_up(peer, self._loop.time(), url=url)
-        sender = self._loop.create_task(self._send_outbox(peer, link))
+        sender = self._loop.create_task(self._send_waiting(peer, link))
         self._pump()
         reason = "closed"
         try:
             while True:
-                self._receive(peer, link, await connection.receive())
+                self._receive(peer, await connection.receive())
         except TransportError as exc:
             reason = str(exc)
         except ProtocolError as exc:
@@ -1189,8 +1179,6 @@ class Replica(DocumentSet):
             sender.cancel()
             connection.abort()
             self._links.pop(peer, None)
-            self._queued_bytes -= link.outbox.size_bytes
-            link.outbox.clear()
             self._link_ended.set()
             if self._state == "open":
                 reason = link.ending[1] if link.ending else reason
@@ -1198,45 +1186,34 @@ class Replica(DocumentSet):
                 self._wake()
         return link
 
-    def _receive(self, peer: int, link: _Link, data: bytes) -> None:
+    def _receive(self, peer: int, data: bytes) -> None:
         now = self._loop.time()
         self.traffic.messages_in += 1
         self.traffic.bytes_in += len(data)
         for frame in wire.decode_message(data):
-            if isinstance(frame, wire.Hello):
-                link.writer = frame.writer
             self._sync.receive(peer, frame, now)
-        self._pump()
+        # Not at once: others may have sent something too.
+        self._wake()
 
-    def _enqueue(self, peer: int, frame: bytes, lane: Lane) -> None:
+    def _transmit(self, peer: int) -> None:
+        """Send what waits for a peer: at once if that is possible, else its task does."""
         link = self._links.get(peer)
         if link is None:
             return
-        link.outbox.push(frame, lane)
-        self._queued_bytes += len(frame)
-        link.wake.set()
-        waiting, config = link.outbox.urgent_bytes, self.config
-        if waiting > CONTROL_BYTES_MAX:
-            # Not even a congested peer that reads anything lets so much gather.
-            self._end_link(peer, wire.ByeCode.NORMAL, "it does not read what is sent")
-            link.connection.abort()
-        elif not link.is_congested and (
-            waiting > config.outbox_bytes
-            or (self._queued_bytes > config.outbox_bytes_total and waiting > FAIR_BYTES)
-        ):
-            link.is_congested = True
-            self._sync.congested(peer)
+        if link.connection.is_writable and not link.is_sending and self._sync.has_unsent(peer):
+            link.connection.send_now(self._next_message(peer))
+        if self._sync.has_unsent(peer) or link.ending is not None:
+            link.wake.set()
 
-    async def _send_outbox(self, peer: int, link: _Link) -> None:
-        """Send what is queued, as much at a time as has collected."""
+    async def _send_waiting(self, peer: int, link: _Link) -> None:
+        """Send what could not be sent at once, as much at a time as has collected."""
         try:
             while True:
-                while link.outbox:
-                    await link.connection.send(self._bundle(peer, link))
-                    if link.is_congested and link.outbox.urgent_bytes < self._drained_below():
-                        link.is_congested = False
-                        self._sync.writable(peer, self._loop.time())
-                        self._wake()
+                while self._sync.has_unsent(peer):
+                    link.is_sending = True
+                    await link.connection.send(self._next_message(peer))
+                    link.is_sending = False
+                    self._arm_timer()
                 if link.ending is not None:
                     await link.connection.close(link.ending[1])
                     return
@@ -1246,17 +1223,11 @@ class Replica(DocumentSet):
             # The reader notices too, and ends the link.
             pass
 
-    def _drained_below(self) -> int:
-        """What a congested peer's outbox must shrink to before it gets live changes again."""
-        return min(int(self.config.outbox_bytes / 4), FAIR_BYTES)
-
-    def _bundle(self, peer: int, link: _Link) -> bytes:
-        before = link.outbox.size_bytes
-        frames, bulk = link.outbox.take()
-        self._queued_bytes -= before - link.outbox.size_bytes
-        if bulk:
-            self._sync.drained(peer, bulk)
-        message = wire.encode_message(frames)
+    def _next_message(self, peer: int) -> bytes:
+        frames = self._sync.take(peer)
+        if frames != self._message[0]:
+            self._message = frames, wire.encode_message(frames)
+        message = self._message[1]
         self.traffic.messages_out += 1
         self.traffic.bytes_out += len(message)
         return message

@@ -57,7 +57,7 @@ from crdtstate.events import (
 from crdtstate.leases import Leases
 from crdtstate.link import Link, takes
 from crdtstate.mesh import Mesh
-from crdtstate.outbox import Lane, lane_of
+from crdtstate.outbox import FAIR_BYTES, Lane, Outboxes, lane_of
 from crdtstate.presence import Presence
 from crdtstate.quorum import ROUTES_MAX, WAITING_MAX, Question, Quorum
 from crdtstate.transfer import CACHE_MAX, DOWNLOADS_MAX, SERVED_MAX, Downloads, Uploads
@@ -90,6 +90,12 @@ QUARANTINE_MAX = 1000
 HISTORY_MAX = 600
 """Heartbeats for which it is remembered how much was committed."""
 
+SPREAD_FREE = 16
+SPREAD_EACH = 0.0001
+SPREAD_MAX = 0.05
+"""Seconds between two times that changes are sent to many: so many for each connection above so
+many, and at most so many."""
+
 STRIKES_MAX = 20
 _EMPTY = Version()
 
@@ -97,12 +103,10 @@ _EMPTY = Version()
 # What the shell has to do
 
 
-class Send(NamedTuple):
-    """Send an encoded frame to a peer; call `Sync.drained` when bulk has left."""
+class Transmit(NamedTuple):
+    """Something waits for a peer: `Sync.take` it, a message at a time, as the connection can."""
 
     peer: int
-    frame: bytes
-    lane: Lane
 
 
 class Persist(NamedTuple):
@@ -137,7 +141,7 @@ class Dial(NamedTuple):
 
 
 class HangUp(NamedTuple):
-    """Close a connection, after what was sent; then call `Sync.peer_down`."""
+    """Close a connection, after what waits for it; then call `Sync.peer_down`."""
 
     peer: int
     code: wire.ByeCode
@@ -176,7 +180,7 @@ class Emit(NamedTuple):
 
 
 Effect = (
-    Send
+    Transmit
     | Persist
     | SaveSnapshot
     | Fetch
@@ -250,8 +254,12 @@ class Sync:
         self._seeds = tuple(seeds)
         self.mesh = self._make_mesh(now)
         self._effects: list[Effect] = []
-        # Changes to send on with the next effects: (change, the link it came from).
+        self._outboxes: Outboxes[Link] = Outboxes(config, self._cut_off)
+        # For whom something new waits, in order.
+        self._unsent: dict[int, None] = {}
+        # Changes to send on: (change, the link it came from); and when they may be.
         self._outgoing: list[tuple[Change, Link | None]] = []
+        self._spread_at = 0.0
         # What was persisted and is not committed: (number, document, own change or None,
         # writer and seq or a whole version).
         self._uncommitted: deque[tuple[int, str, Change | None, Version | Dot]] = deque()
@@ -365,6 +373,12 @@ class Sync:
         yield "uploads", self._uploads.served, max(SERVED_MAX, len(self._links))
         yield "downloads", self._downloads.active, DOWNLOADS_MAX
         yield "offers", len(self._downloads), len(self._ledgers)
+        slack = config.answer_bytes + 2 * CHANGES_FRAME_BYTES
+        share = BULK_WINDOW + slack
+        for link in self._links.values():
+            yield "outbox", link.outbox.size_bytes, config.outbox_bytes + share
+        total = config.outbox_bytes_total + len(self._links) * (FAIR_BYTES + share)
+        yield "outboxes", self._outboxes.size_bytes, total
         yield "quarantined changes", len(self._quarantine), QUARANTINE_MAX
 
     @property
@@ -420,6 +434,7 @@ class Sync:
             self._tidy_at,
             self._quorum.next_deadline(),
             self.presence.next_deadline(),
+            self._spread_at if self._outgoing else None,
         ):
             if at is not None and at < soonest:
                 soonest = at
@@ -497,6 +512,7 @@ class Sync:
         if link.hello is not None and not link.is_visitor:
             event = PeerDisconnected(link.hello.agent, link.hello.writer, reason)
             self._effects.append(Emit(event))
+        self._outboxes.clear(link)
         self._uploads.peer_down(peer)
         self._downloads.peer_down(peer)
         self.mesh.gone(link, now)
@@ -504,27 +520,34 @@ class Sync:
     def leave(self, now: float) -> None:
         """Say goodbye to everybody: this replica closes. What follows is carried out as ever."""
         self._now = now
+        self._spread()
         self.mesh.leave()
         for link in list(self._links.values()):
             self._hang_up(link, wire.ByeCode.SHUTDOWN, "closing")
 
-    def congested(self, peer: int) -> None:
-        """Too much waits for this peer: it gets no more live changes, and pulls what it lacks."""
-        if peer in self._links:
-            self._links[peer].is_congested = True
-
-    def writable(self, peer: int, now: float) -> None:
-        """The peer caught up with what was queued; it will pull what it lacks."""
-        self._now = now
-        link = self._links.get(peer)
-        if link is not None and link.is_congested:
-            link.is_congested = False
+    def take(self, peer: int, frames_max: int = wire.BUNDLE_FRAMES_MAX) -> list[bytes]:
+        """Take what goes to a peer with the next message: encoded frames, none if nothing waits."""
+        if not self.has_unsent(peer):
+            return []
+        link = self._links[peer]
+        was_congested = link.is_congested
+        frames = self._outboxes.take(link, frames_max)
+        if was_congested and not link.is_congested:
+            # It pulls what it lacks once it is told.
             self._arm_flush()
+        return frames
 
-    def drained(self, peer: int, bulk_bytes: int) -> None:
-        """So much of what the peer asked for has left."""
-        if (link := self._links.get(peer)) is not None:
-            link.bulk_bytes -= bulk_bytes
+    def has_unsent(self, peer: int) -> bool:
+        """Whether something waits for a peer."""
+        link = self._links.get(peer)
+        return link is not None and bool(link.outbox)
+
+    def queued_bytes(self, peer: int) -> int:
+        """How much waits for a peer."""
+        return self._links[peer].outbox.size_bytes
+
+    def _cut_off(self, link: Link) -> None:
+        self._hang_up(link, wire.ByeCode.NORMAL, "it does not read what is sent")
 
     # Local changes
 
@@ -663,9 +686,11 @@ class Sync:
 
     def _hang_up(self, link: Link, code: wire.ByeCode, reason: str) -> None:
         if not link.is_closing:
+            bye = wire.Bye(code, reason[:200])
+            self._outboxes.push(link, wire.encode_frame(bye), lane_of(bye))
+            self._unsent[link.peer] = None
             link.is_closing = True
             link.bye = code
-            self._send(link.peer, wire.Bye(code, reason[:200]))
             self._effects.append(HangUp(link.peer, code, reason))
 
     def _on_hello(self, link: Link, hello: wire.Hello) -> None:
@@ -683,8 +708,8 @@ class Sync:
                     self.mesh.topology.met(link.url, hello.writer, is_self=True)
                 self._hang_up(link, wire.ByeCode.DUPLICATE, "this is myself")
             else:
-                self._hang_up(link, wire.ByeCode.SAME_WRITER, "two processes write as one writer")
                 self._reidentify(f"{hello.agent!r} writes as the same writer: a copied store")
+                self._hang_up(link, wire.ByeCode.SAME_WRITER, "two processes write as one writer")
             return
         for other in self.peers:
             if other.hello is not None and other.hello.writer == hello.writer:
@@ -898,9 +923,14 @@ class Sync:
         self._note_tidying(found)
 
     def _spread(self) -> None:
-        """Send the outgoing changes, each to those that may lack it."""
+        """Send the outgoing changes, each to those that may lack it; to many only now and then.
+
+        A message to each of two hundred connections costs more than to write one change, so what
+        arrives from them one by one goes out by the dozen.
+        """
         outgoing, self._outgoing = self._outgoing, []
         encoded: dict[tuple[int, ...], list[bytes]] = {}
+        copies = 0
         for link in self._links.values():
             if not link.is_member or not link.is_greeted or link.is_congested:
                 continue
@@ -916,7 +946,11 @@ class Sync:
             frames = encoded.get(chosen)
             if frames is None:
                 frames = encoded[chosen] = _encode_changes([outgoing[i][0].data for i in chosen])
-            self._effects.extend(Send(link.peer, frame, Lane.LIVE) for frame in frames)
+            copies += 1
+            for frame in frames:
+                self._push(link, frame, Lane.LIVE)
+        pause = min(max(0, copies - SPREAD_FREE) * SPREAD_EACH, SPREAD_MAX)
+        self._spread_at = self._now + pause
 
     def _may_lack(self, link: Link, change: Change, source: Link | None) -> bool:
         if not link.takes(change.document) or link is source:
@@ -997,7 +1031,7 @@ class Sync:
                 self._send(peer, wire.Want(name, tuple(ranges[at : at + wire.RANGES_MAX])))
 
     def _on_want(self, link: Link, frame: wire.Want) -> None:
-        if link.bulk_bytes > BULK_WINDOW:
+        if link.outbox.bulk_bytes > BULK_WINDOW:
             self._refuse(link, frame.document)
             return
         if not self._takes(frame.document):
@@ -1117,7 +1151,7 @@ class Sync:
                     committed = self._ledgers[name].committed
                     moved = Version({writer: committed[writer] for writer in sorted(writers)})
                     frame = encoded[key] = wire.encode_frame(wire.Have(name, moved, False))
-                self._effects.append(Send(link.peer, frame, Lane.LIVE))
+                self._push(link, frame, Lane.LIVE)
 
     # Snapshots
 
@@ -1144,7 +1178,7 @@ class Sync:
             self._downloads.on_offer(link.peer, frame, self._now)
 
     def _on_get(self, link: Link, frame: wire.Get) -> None:
-        if link.bulk_bytes > BULK_WINDOW:
+        if link.outbox.bulk_bytes > BULK_WINDOW:
             # It asks again for what does not come.
             return
         if not self._uploads.on_get(link.peer, frame, self._now):
@@ -1289,7 +1323,7 @@ class Sync:
         encoded, lane = wire.encode_frame(frame), lane_of(frame)
         for link in links:
             if self.mesh.is_eager(link, self._now) or link.agent in names:
-                self._effects.append(Send(link.peer, encoded, lane))
+                self._push(link, encoded, lane)
 
     def show(self, value: bytes | None, ttl: float, now: float) -> None:
         """Show everybody a packed value until *ttl* seconds after the last sign of life."""
@@ -1371,6 +1405,10 @@ class Sync:
         if not self._is_reidentifying:
             self._is_reidentifying = True
             self._effects.append(Reidentify(reason))
+            # What waits may tell of changes that are not to be.
+            self._outgoing.clear()
+            for link in self._links.values():
+                self._outboxes.clear(link)
 
     def reidentify_later(self) -> None:
         """The store could not do it now: part from all, to hear of it anew."""
@@ -1410,6 +1448,8 @@ class Sync:
         self._now = now
         if self._flush_at is not None and self._flush_at <= now:
             self._flush_at = None
+            # What is named is not to be asked for if it comes anyway.
+            self._spread()
             self._flush()
         if self._want_at is not None and self._want_at <= now:
             self._ask()
@@ -1499,7 +1539,7 @@ class Sync:
 
     def effects(self) -> list[Effect]:
         """Take what is to be done, in order."""
-        if self._outgoing:
+        if self._outgoing and self._spread_at <= self._now:
             self._spread()
         mesh = self.mesh
         if mesh.pruned:
@@ -1510,13 +1550,20 @@ class Sync:
             self._effects.extend(Dial(url) for url in mesh.dials)
             mesh.dials = []
         effects, self._effects = self._effects, []
+        if self._unsent:
+            # First: all of it was committed, or is others' and may be lost.
+            unsent, self._unsent = self._unsent, {}
+            effects[:0] = map(Transmit, unsent)
         return effects
 
     def _send(self, peer: int, frame: wire.Frame) -> None:
-        data, lane = wire.encode_frame(frame), lane_of(frame)
-        if lane is Lane.BULK and (link := self._links.get(peer)) is not None:
-            link.bulk_bytes += len(data)
-        self._effects.append(Send(peer, data, lane))
+        if (link := self._links.get(peer)) is not None:
+            self._push(link, wire.encode_frame(frame), lane_of(frame))
+
+    def _push(self, link: Link, frame: bytes, lane: Lane) -> None:
+        if not link.is_closing and not self._is_reidentifying:
+            self._outboxes.push(link, frame, lane)
+            self._unsent[link.peer] = None
 
     def _ledger(self, name: str) -> _Ledger:
         ledger = self._ledgers.get(name)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from crdtstate import wire
 from crdtstate.clock import Version
-from crdtstate.outbox import EPHEMERAL_BYTES, Lane, Outbox, lane_of
+from crdtstate.config import Config
+from crdtstate.outbox import EPHEMERAL_BYTES, URGENT_BYTES_MAX, Lane, Outbox, Outboxes, lane_of
 
 lanes = st.sampled_from(list(Lane))
 
@@ -15,7 +18,7 @@ lanes = st.sampled_from(list(Lane))
 def drain(outbox: Outbox, frames_max: int = 256) -> list[bytes]:
     found = []
     while outbox:
-        frames, _ = outbox.take(frames_max)
+        frames = outbox.take(frames_max)
         assert 0 < len(frames) <= frames_max
         found += frames
     return found
@@ -26,9 +29,9 @@ def test_a_lane_goes_before_those_below_it() -> None:
     for lane in reversed(Lane):
         outbox.push(lane.name.encode(), lane)
 
-    frames, bulk = outbox.take()
+    frames = outbox.take()
 
-    assert frames == [b"CONTROL", b"LIVE", b"EPHEMERAL", b"BULK"] and bulk == 4
+    assert frames == [b"CONTROL", b"LIVE", b"EPHEMERAL", b"BULK"]
     assert not outbox and outbox.size_bytes == 0
 
 
@@ -52,9 +55,9 @@ def test_bulk_gets_on_while_much_is_live() -> None:
     for _ in range(100):
         outbox.push(b"l" * 2000, Lane.LIVE)
 
-    frames, bulk = outbox.take()
+    frames = outbox.take()
 
-    assert bulk == 1000 and sum(map(len, frames)) <= wire.BUNDLE_BYTES
+    assert frames[-1] == b"b" * 1000 and sum(map(len, frames)) <= wire.BUNDLE_BYTES
 
 
 def test_a_heartbeat_waits_for_no_snapshot() -> None:
@@ -65,7 +68,7 @@ def test_a_heartbeat_waits_for_no_snapshot() -> None:
 
     outbox.push(b"beat", Lane.CONTROL)
 
-    assert outbox.take()[0][0] == b"beat"
+    assert outbox.take()[0] == b"beat"
 
 
 def test_of_presence_the_newest_is_kept() -> None:
@@ -92,6 +95,59 @@ def test_what_nobody_asked_for_counts_as_urgent() -> None:
     outbox.push(b"345", Lane.LIVE)
     outbox.push(b"6789", Lane.BULK)
 
-    assert (outbox.urgent_bytes, outbox.size_bytes, len(outbox)) == (5, 9, 3)
+    assert (outbox.urgent_bytes, outbox.bulk_bytes, outbox.size_bytes) == (5, 4, 9) and outbox
     outbox.clear()
-    assert (outbox.urgent_bytes, outbox.size_bytes, len(outbox)) == (0, 0, 0)
+    assert (outbox.urgent_bytes, outbox.bulk_bytes, outbox.size_bytes) == (0, 0, 0) and not outbox
+
+
+@dataclass(eq=False)
+class Reader:
+    """Somebody who is sent things."""
+
+    outbox: Outbox = field(default_factory=Outbox)
+    is_congested: bool = False
+
+
+def test_a_reader_for_whom_too_much_waits_is_congested_until_little_does() -> None:
+    outboxes: Outboxes[Reader] = Outboxes(Config(outbox_bytes=200_000), lambda reader: None)
+    slow, quick = Reader(), Reader()
+    for _ in range(100):
+        for reader in (slow, quick):
+            outboxes.push(reader, bytes(2100), Lane.LIVE)
+        outboxes.take(quick)
+
+    assert slow.is_congested and not quick.is_congested
+    assert outboxes.size_bytes == slow.outbox.size_bytes == 210_000
+    while slow.outbox.urgent_bytes > 52_000:
+        outboxes.take(slow, 1)
+        assert slow.is_congested
+    while slow.outbox.urgent_bytes > 48_000:
+        outboxes.take(slow, 1)
+    assert not slow.is_congested
+
+
+def test_all_together_share_a_limit_and_each_keeps_a_fair_part_of_it() -> None:
+    config = Config(outbox_bytes_total=300_000)
+    outboxes: Outboxes[Reader] = Outboxes(config, lambda reader: None)
+    readers = [Reader() for _ in range(5)]
+    for reader in readers:
+        outboxes.push(reader, bytes(60_000), Lane.LIVE)
+    assert not any(reader.is_congested for reader in readers)
+
+    outboxes.push(readers[0], bytes(6_000), Lane.LIVE)
+    outboxes.push(readers[1], bytes(1_000), Lane.LIVE)
+
+    assert [reader.is_congested for reader in readers] == [True, False, False, False, False]
+    outboxes.clear(readers[0])
+    assert outboxes.size_bytes == 241_000
+
+
+def test_who_takes_nothing_is_cut_off() -> None:
+    gone: list[Reader] = []
+    outboxes: Outboxes[Reader] = Outboxes(Config(), gone.append)
+    stopped, fetching = Reader(), Reader()
+    while not gone:
+        outboxes.push(stopped, bytes(10_000), Lane.CONTROL)
+        outboxes.push(fetching, bytes(10_000), Lane.BULK)
+
+    assert gone == [stopped] and stopped.outbox.urgent_bytes <= URGENT_BYTES_MAX + 10_000

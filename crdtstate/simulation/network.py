@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from crdtstate import wire
-from crdtstate.outbox import Outbox
 from crdtstate.simulation.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -49,11 +48,9 @@ class End:
         # The number by which the replica's core knows it.
         self.peer = peer
         self.is_open = True
-        self.outbox = Outbox()
-        self.is_congested = False
         # While the other side does not read.
         self.clogged_until = 0.0
-        # Why it is to end, once the outbox is empty.
+        # Why it is to end, once nothing waits for it.
         self.ending: tuple[wire.ByeCode, str] | None = None
         # When the newest message arrives on the other side, and what a cut has swallowed.
         self.arrival = 0.0
@@ -219,7 +216,6 @@ class Network:
         if not end.is_open:
             return
         end.is_open = False
-        end.outbox.clear()
         replica, connection = end.replica, end.connection
         if replica.is_alive:
             why = end.ending[1] if end.ending else reason
@@ -234,16 +230,13 @@ class Network:
     # Sending
 
     def flush(self, end: End) -> None:
-        """Send what is in the outbox, unless the other side does not read."""
+        """Send what waits for a connection, unless the other side does not read."""
         if end.clogged_until > self.schedule.now:
             return
-        while end.outbox and end.is_open:
-            self._transmit(end, self._bundle(end))
-        limit = end.replica.config.outbox_bytes
-        if end.is_congested and end.outbox.urgent_bytes < limit / 4:
-            end.is_congested = False
-            end.replica.writable(end)
-        if end.ending is not None and not end.outbox:
+        frames_max = 1 if any(self.datagrams) else wire.BUNDLE_FRAMES_MAX
+        while end.is_open and (frames := end.replica.core.take(end.peer, frames_max)):
+            self._transmit(end, wire.encode_message(frames))
+        if end.ending is not None:
             self.close(end)
 
     def clog(self, end: End, until: float) -> None:
@@ -255,12 +248,6 @@ class Network:
         if end.is_open:
             self.flush(end)
             end.replica.pump()
-
-    def _bundle(self, end: End) -> bytes:
-        frames, bulk = end.outbox.take(1 if any(self.datagrams) else wire.BUNDLE_FRAMES_MAX)
-        if bulk:
-            end.replica.core.drained(end.peer, bulk)
-        return wire.encode_message(frames)
 
     def _transmit(self, end: End, message: bytes) -> None:
         here, there = end.replica, end.other.replica
@@ -312,7 +299,7 @@ class Network:
         """End a connection in order: after what was sent."""
         here, there = end.replica.index, end.other.replica.index
         at = self.schedule.now + FAREWELL
-        if not end.outbox and (here, there) not in self._cuts:
+        if not end.replica.core.has_unsent(end.peer) and (here, there) not in self._cuts:
             at = max(end.arrival, self.schedule.now)
             self.schedule.call_at(at, None, self._fall, end.other, "closed by the other side")
         self.schedule.call_at(at, None, self._fall, end, "closed")

@@ -23,7 +23,6 @@ from crdtstate.documents import DocumentSet
 from crdtstate.errors import ReplicaClosed
 from crdtstate.events import Event, IdentityRollback
 from crdtstate.identity import draw_writer, may_keep_writer
-from crdtstate.outbox import Lane
 from crdtstate.simulation.disk import Disk
 from crdtstate.simulation.network import End, Network
 from crdtstate.simulation.schedule import Schedule
@@ -97,7 +96,7 @@ class SimulatedReplica(DocumentSet):
         self._peers = 0
         # Machines of `consistency` that run, and what to call when each is done.
         self._machines: list[tuple[Machine, Callable[[], None]]] = []
-        # Ends with something in the outbox, in order.
+        # Ends for which something waits, in order.
         self._unsent: dict[int, End] = {}
         self._is_awake = False
         self._is_pumping = False
@@ -192,10 +191,6 @@ class SimulatedReplica(DocumentSet):
 
     def loads(self) -> Iterator[tuple[str, int, int]]:
         """What may pile up: (name, size, limit)."""
-        slack = self.config.answer_bytes + 2 * sync.CHANGES_FRAME_BYTES
-        for end in self._links.values():
-            limit = self.config.outbox_bytes + sync.BULK_WINDOW
-            yield "outbox", end.outbox.size_bytes, limit + slack
         yield from self.core.loads()
 
     def __repr__(self) -> str:
@@ -236,14 +231,16 @@ class SimulatedReplica(DocumentSet):
         for end in unsent.values():
             if end.is_open:
                 self._network.flush(end)
+        self._arm_timer()
         self._oracle.pumped(self)
 
     def _carry_out(self, effects: list[sync.Effect]) -> None:
         batch: list[tuple[int, Change]] = []
         for effect in effects:
             match effect:
-                case sync.Send(peer, frame, lane):
-                    self._enqueue(peer, frame, lane)
+                case sync.Transmit(peer):
+                    if (end := self._links.get(peer)) is not None:
+                        self._unsent[peer] = end
                 case sync.Persist(number, change):
                     batch.append((number, change))
                 case sync.SaveSnapshot():
@@ -406,21 +403,6 @@ class SimulatedReplica(DocumentSet):
         for frame in frames:
             self.core.receive(end.peer, frame, self._schedule.now)
         self.pump()
-
-    def writable(self, end: End) -> None:
-        """A slow peer caught up."""
-        self.core.writable(end.peer, self._schedule.now)
-        self._wake()
-
-    def _enqueue(self, peer: int, frame: bytes, lane: Lane) -> None:
-        end = self._links.get(peer)
-        if end is None or not end.is_open:
-            return
-        end.outbox.push(frame, lane)
-        self._unsent[peer] = end
-        if end.outbox.urgent_bytes > self.config.outbox_bytes and not end.is_congested:
-            end.is_congested = True
-            self.core.congested(peer)
 
     def _hang_up(self, peer: int, code: wire.ByeCode, reason: str) -> None:
         end = self._links.get(peer)

@@ -35,6 +35,17 @@ class Connection(Protocol):
     def remote(self) -> str:
         """The other side's URL, for people; an accepted connection's can't be dialled."""
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether `send_now` may be called: it is open, and nothing waits to be sent."""
+        raise NotImplementedError
+
+    def send_now(self, data: bytes) -> None:
+        """Send a message without waiting, if `is_writable` and nobody is in `send`.
+
+        Many get the same, so this costs less than `send`. What of it arrived is unknown.
+        """
+
     async def send(self, data: bytes) -> None:
         """Send a message; wait while the other side doesn't keep up.
 

@@ -43,6 +43,17 @@ class MemoryConnection:
         one._other, other._other = other, one
         return one, other
 
+    @property
+    def is_writable(self) -> bool:
+        return self._ended is None and len(self._other._inbox) < INBOX_LIMIT
+
+    def send_now(self, data: bytes) -> None:
+        if len(data) > MESSAGE_BYTES_MAX:
+            self._end(f"a message of {len(data)} bytes is too big")
+        else:
+            self._other._inbox.append(bytes(data))
+            self._other._moved.set()
+
     async def send(self, data: bytes) -> None:
         if len(data) > MESSAGE_BYTES_MAX:
             self._end(f"a message of {len(data)} bytes is too big")

@@ -27,12 +27,13 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.asyncio.server import Server, ServerConnection
+from websockets.asyncio.server import Server, ServerConnection, broadcast
 from websockets.asyncio.server import serve as listen_on
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.frames import CloseCode
 from websockets.http11 import Request, Response
+from websockets.protocol import State
 
 from crdtstate.errors import ProtocolError, TransportError, UsageError
 from crdtstate.transports import Accept, Connection, Http, HttpAnswer, HttpStream, serve
@@ -115,6 +116,15 @@ class WebSocketConnection:
     def __init__(self, websocket: ClientConnection | ServerConnection, remote: str) -> None:
         self.remote = remote
         self._websocket = websocket
+
+    @property
+    def is_writable(self) -> bool:
+        websocket = self._websocket
+        return websocket.state is State.OPEN and websocket.transport.get_write_buffer_size() == 0
+
+    def send_now(self, data: bytes) -> None:
+        # To one: it is what sends without a task.
+        broadcast((self._websocket,), data)
 
     async def send(self, data: bytes) -> None:
         try:
