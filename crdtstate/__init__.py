@@ -16,9 +16,11 @@ The map of the house, from the ground up; a module imports from its own floor an
              native_guard  native (Yjs types)  conflict (strategies)  change (Change, Snapshot)
              crdts (Map, Counter, Register, Set)  document  documents (a set of them)
     floor 2  events  config  wire (frames)  identity (who may write as whom)  link  tree
-             membership  topology  mesh (whom to be connected to)  transfer  sync (the core)
+             membership  topology  mesh (whom to be connected to)  transfer  ledger (what is
+             committed)  haves  wants  pending  outgoing  serving  upkeep  sync (the core)
     floor 3  transports (memory, websocket)  stores (memory, SQLite journal)
-    floor 4  replica (the asyncio shell)
+    floor 4  arguments  glance (how it is doing)  observers (handlers, events)  saving (into the
+             store)  connections  borrowing (a writer)  replica (the asyncio shell)
     floor 5  blocking  relay  simulation  demo  cli
 
 Floors 0 to 2 know no clock, socket, disk or thread: time and randomness are arguments.

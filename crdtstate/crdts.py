@@ -24,7 +24,7 @@ from crdtstate.change import RESOLUTION
 from crdtstate.clock import Stamp
 from crdtstate.conflict import Candidate, Explanation, explain, resolver
 from crdtstate.errors import UnsupportedValue, UsageError
-from crdtstate.slots import Cell, candidates, totals
+from crdtstate.slots import Cell, candidates, is_conflict, totals
 from crdtstate.values import pack, pack_key, unpack, unpack_key
 
 if TYPE_CHECKING:
@@ -109,10 +109,8 @@ class _Choosing(View):
 
     def candidates_of(self, key: str) -> list[Candidate]:
         """The candidates of a cell if they differ, oldest first; else nothing."""
-        found = candidates(self._cells.get(key, {}))
-        if len({slot.value for _, slot in found}) < 2:
-            return []
-        return self._candidates(self._cells[key])
+        cell = self._cells.get(key, {})
+        return self._candidates(cell) if is_conflict(cell) else []
 
     @property
     def _strong(self) -> Strong:

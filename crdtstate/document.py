@@ -39,6 +39,7 @@ from crdtstate.slots import (
     Slot,
     candidates,
     covering,
+    is_conflict,
     totals,
 )
 from crdtstate.values import pack, unpack
@@ -207,6 +208,15 @@ class Document:
             elif kind == "r" and cells.contested and (values := Register(self, name).conflicts()):
                 found.append(Conflict(self.name, "register", name, "", tuple(values)))
         return found
+
+    def count_conflicts(self) -> int:
+        """How many conflicts are open, without reading the values."""
+        return sum(
+            is_conflict(cells.cells[key])
+            for container, cells in self.lanes.containers.items()
+            if container[0] in "mr"
+            for key in cells.contested
+        )
 
     def sizes(self) -> tuple[int, int | None]:
         """The bytes of the document as it is encoded, and those of its live content alone (None

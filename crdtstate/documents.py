@@ -92,6 +92,10 @@ class DocumentSet:
         """The open conflicts of all documents."""
         return [c for name in self.documents() for c in self._documents[name].conflicts()]
 
+    def count_conflicts(self) -> int:
+        """How many conflicts are open in all documents, without reading their values."""
+        return sum(document.count_conflicts() for document in self._documents.values())
+
     def version(self) -> Cut:
         """What this replica has taken in so far, its own writes included: a causal token.
 

@@ -10,18 +10,24 @@ A writer that is not handed back in order (its borrower crashed, or could not se
 never lent again: what the relay does not know of might still turn up. Nor are those that were lent
 when the relay ended; so a relay needs no more writers than agents run at once, and some for each
 crash.
+
+`Leases` is the relay's side of it, `Loan` the borrower's.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
+from crdtstate.clock import Version
 from crdtstate.identity import draw_writer
+from crdtstate.link import Link
 
 FREE_MAX = 10_000
 LENT_MAX = 100_000
 """Writers that are remembered as lent. Of more the oldest are forgotten: they are lent no more."""
+
+_EMPTY = Version()
 
 
 class Leases:
@@ -67,3 +73,50 @@ class Leases:
         del self._lent[writer]
         self._free.append(writer)
         return True
+
+
+class Loan:
+    """The writer that a replica has borrowed; of most replicas, nothing."""
+
+    def __init__(self) -> None:
+        self._lender: int | None = None
+        # How much of each document was written under it before; of which this is lacking here.
+        self._seqs: dict[str, int] = {}
+        self._lacking: dict[str, int] = {}
+        self.was_given_back = False
+
+    @property
+    def is_between(self) -> bool:
+        """Whether the writer is not to be written under: not yet, or no more."""
+        return bool(self._lacking) or self.was_given_back
+
+    def is_earlier(self, document: str, seq: int) -> bool:
+        """Whether an own change that comes from elsewhere is an earlier borrower's."""
+        return seq <= self._lacking.get(document, 0)
+
+    def begin(self, lender: int, seqs: Mapping[str, int], takes: Callable[[str], bool]) -> None:
+        """The relay *lender* lends a writer under which *seqs* were written. What of them is in
+        documents that this replica *takes* part in has to be here first."""
+        self._lender = lender
+        self._seqs = dict(seqs)
+        self._lacking = {name: seq for name, seq in seqs.items() if takes(name)}
+
+    def has_all(self, have: Callable[[str], int]) -> bool:
+        """Whether everything is here that was written before: *have* says how much of a document
+        is."""
+        self._lacking = {name: seq for name, seq in self._lacking.items() if have(name) < seq}
+        return not self._lacking
+
+    def give_back(
+        self, writer: int, written: Mapping[str, int], peers: Iterable[Link]
+    ) -> tuple[int, dict[str, int]] | None:
+        """End the loan if the lender is among *peers* and has all that was *written*: to whom to
+        return the writer, and with what."""
+        for link in peers:
+            if link.writer == self._lender and all(
+                link.acked.get(name, _EMPTY).get(writer, 0) >= seq for name, seq in written.items()
+            ):
+                self.was_given_back = True
+                # What earlier borrowers wrote where this one takes no part is there as well.
+                return link.peer, {**self._seqs, **written}
+        return None

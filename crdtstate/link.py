@@ -10,6 +10,12 @@ from crdtstate import wire
 from crdtstate.clock import Version
 from crdtstate.outbox import Outbox
 
+MISMATCH_QUIET = 10
+MISMATCHES_MAX = 30
+"""Heartbeats in a row that tell of a difference, in what is committed or in the records of members,
+before all is named anew; one at which neither side has changed since the one before counts as
+ten."""
+
 
 @dataclass(slots=True, eq=False)
 class Link:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from crdtstate import wire
 from crdtstate.config import Config
 from crdtstate.events import Event
-from crdtstate.link import Link
+from crdtstate.link import MISMATCH_QUIET, MISMATCHES_MAX, Link
 from crdtstate.membership import Membership
 from crdtstate.topology import Topology
 from crdtstate.tree import Root, Tree
@@ -32,13 +32,8 @@ WORK_DELAY_EACH = 0.0005
 WORK_DELAY_MAX = 1.0
 """Seconds that news of members collect: a while, and for each member a bit more."""
 
-MISMATCH_QUIET = 10
 URGENT_MAX = 64
 """Members up to which computing anew who is up costs so little that it need not wait."""
-
-MISMATCHES_MAX = 30
-"""As of `sync`: heartbeats in a row that tell of a difference before records are asked for; one at
-which neither side has changed since the one before counts as ten."""
 
 AGE_SHIFT = 20
 

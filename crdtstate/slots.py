@@ -98,6 +98,11 @@ def candidates(cell: Cell) -> list[tuple[int, Slot]]:
     return live
 
 
+def is_conflict(cell: Cell) -> bool:
+    """Whether *cell* has candidates that differ; tells without reading them."""
+    return len({slot.value for _, slot in candidates(cell)}) > 1
+
+
 def live_slots(cell: Cell) -> list[tuple[int, Slot]]:
     """The slots of *cell* that no other covers, removals included (L2)."""
     if len(cell) == 1:

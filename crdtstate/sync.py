@@ -7,17 +7,17 @@ order, carries them out, and calls `tick` at `next_deadline()`. Nothing here kno
 socket or a disk.
 
 How it works. A change is *delivered* to its document once everything it builds on is there (L5 of
-`lanes`); until then it is *pending*, in memory, bounded. A delivered change is persisted and sent
-on along the eager links of the `mesh`: in a complete one to every peer that may lack it (not to the
-one it came from, nor to that one's neighbours, which have it from there), in a larger one along a
-tree. A *local* change leaves only after it was committed. HAVE tells a peer what is
-committed here: announcement, acknowledgement and digest in one. What a HAVE shows to be missing,
-and does not come by itself, is asked for with WANT. Below the log's floor a WANT is answered by a
-snapshot at exactly the delivered version, which is joined, never put in place of what is there.
+`lanes`); until then it waits in `pending`, in memory, bounded. A delivered change is persisted and
+sent on along the eager links of the `mesh` (`outgoing`). A *local* change leaves only after it was
+committed (`ledger`). HAVE tells a peer what is committed here (`haves`). What a HAVE shows to be
+missing, and does not come by itself, is asked for with WANT (`wants`). It is answered from the log,
+and below the log's floor by a snapshot at exactly the delivered version (`serving`), which is
+joined, never put in place of what is there.
 
 Every frame may be lost: HAVE heals it. Heartbeats carry a fingerprint of all that is committed;
 three that differ in a row make a full HAVE, so the protocol heals also what a bug broke
-("self-stabilising": Dijkstra 1974). The rules kept here, asserted and checked by simulation:
+("self-stabilising": Dijkstra 1974). The rules kept here and in the parts that `Sync` owns, asserted
+and checked by simulation:
 
 S1  A local change is committed before its first byte leaves (journal before send).
 S2  HAVE names only what is committed.
@@ -29,19 +29,17 @@ S6  What waits is bounded: pending changes, downloads, cached snapshots, each pe
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from crdtstate import wire
 from crdtstate.change import Change, Snapshot, decode_change
-from crdtstate.clock import Dot, Version, mix
+from crdtstate.clock import Version
 from crdtstate.config import Config
 from crdtstate.document import Document, EngineFailure
-from crdtstate.documents import DOCUMENTS_MAX, DocumentSet
+from crdtstate.documents import DocumentSet
 from crdtstate.errors import InvalidUpdate, ProtocolError
 from crdtstate.events import (
     CatchingUp,
@@ -54,48 +52,25 @@ from crdtstate.events import (
     PresenceChanged,
     SnapshotReceived,
 )
-from crdtstate.leases import Leases
+from crdtstate.haves import Haves
+from crdtstate.leases import Leases, Loan
+from crdtstate.ledger import Ledger
 from crdtstate.link import Link, takes
 from crdtstate.mesh import Mesh
 from crdtstate.outbox import FAIR_BYTES, Lane, Outboxes, lane_of
+from crdtstate.outgoing import Outgoing
+from crdtstate.pending import Pending
 from crdtstate.presence import Presence
 from crdtstate.quorum import ROUTES_MAX, WAITING_MAX, Question, Quorum
-from crdtstate.transfer import CACHE_MAX, DOWNLOADS_MAX, SERVED_MAX, Downloads, Uploads
+from crdtstate.serving import Serving
+from crdtstate.transfer import CACHE_MAX, DOWNLOADS_MAX, SERVED_MAX, Downloads
+from crdtstate.upkeep import Upkeep
+from crdtstate.wants import Wants
 
-CHANGES_FRAME_BYTES = 256 * 1024
 CHECKSUM_BYTES = 17
 """The head of a change's bytes that tells it from all others."""
 
-MISMATCH_QUIET = 10
-MISMATCHES_MAX = 30
-"""Heartbeats in a row that tell of a difference before all is named anew; one at which neither
-side has changed since the one before counts as ten."""
-
-BULK_WINDOW = 2**20
-"""Bytes of what a peer asked for that are under way to it, above which it has to wait."""
-
-BUSY_PAUSE = 0.5
-"""Seconds after which it may ask again, and as many at random."""
-
-SNAPSHOT_WORTH = 512 * 1024
-"""Bytes of changes up to which nobody looks whether a snapshot is less."""
-
-SNAPSHOT_SHARE = 1.5
-"""How much more than the document the changes have to be: who joins a snapshot has more to do."""
-
-MEASURED_FOR = 10.0
-"""Seconds for which the size of a document counts as known."""
-
 QUARANTINE_MAX = 1000
-HISTORY_MAX = 600
-"""Heartbeats for which it is remembered how much was committed."""
-
-SPREAD_FREE = 16
-SPREAD_EACH = 0.0001
-SPREAD_MAX = 0.05
-"""Seconds between two times that changes are sent to many: so many for each connection above so
-many, and at most so many."""
-
 STRIKES_MAX = 20
 _EMPTY = Version()
 
@@ -194,35 +169,6 @@ Effect = (
 )
 
 
-@dataclass(slots=True)
-class _Ledger:
-    """What the core knows of one document beside the document itself."""
-
-    # Tells the document's share of the fingerprint from others', and that share.
-    salt: int
-    fingerprint: int = 0
-    committed: Version = field(default_factory=Version)
-    floor: Version = field(default_factory=Version)
-    # Bytes persisted since the snapshot, and the size of that.
-    log_bytes: int = 0
-    snapshot_bytes: int = 0
-    tidy_at: float | None = None
-    # The size of the document's state, and when it was measured.
-    measured: int = 0
-    measured_at: float | None = None
-
-
-@dataclass(slots=True)
-class _Missing:
-    """A peer announced changes of a writer that are not here."""
-
-    target: int
-    due: float
-    tries: int = 0
-    # Who was asked last.
-    peer: int = 0
-
-
 class Sync:
     """The sync core of one replica.
 
@@ -249,7 +195,7 @@ class Sync:
         self.config = config
         self._rng = rng
         self._now = now
-        self._ledgers: dict[str, _Ledger] = {}
+        self._ledger = Ledger()
         self._links: dict[int, Link] = {}
         self._seeds = tuple(seeds)
         self.mesh = self._make_mesh(now)
@@ -257,33 +203,19 @@ class Sync:
         self._outboxes: Outboxes[Link] = Outboxes(config, self._cut_off)
         # For whom something new waits, in order.
         self._unsent: dict[int, None] = {}
-        # Changes to send on: (change, the link it came from); and when they may be.
-        self._outgoing: list[tuple[Change, Link | None]] = []
-        self._spread_at = 0.0
-        # What was persisted and is not committed: (number, document, own change or None,
-        # writer and seq or a whole version).
-        self._uncommitted: deque[tuple[int, str, Change | None, Version | Dot]] = deque()
-        self._persisted = 0
-        # Pending changes by dot, with the peer that sent each; and by the dot they wait for.
-        self._pending: dict[tuple[str, int, int], tuple[Change, int]] = {}
-        self._waiting: dict[tuple[str, int, int], list[tuple[str, int, int]]] = {}
-        self._pending_bytes = 0
-        self._missing: dict[tuple[str, int], _Missing] = {}
-        # Document -> changes that came as answers since it began to catch up.
-        self._caught_up: dict[str, int] = {}
-        self._uploads = Uploads(self._send)
+        self._haves = Haves(self._links, self._ledger, config, self._push)
+        self._outgoing = Outgoing(self._links, self._push)
         self._downloads = Downloads(self._send)
+        self._wants = Wants(config, rng, self._downloads, self._version, self._send)
+        self._pending = Pending(config, self._wants)
+        self._serving = Serving(documents, self._ledger, config, rng, self._takes, self._send)
+        self._upkeep = Upkeep(documents, self._ledger, config, rng)
         # Changes that the engine failed on; never tried again.
         # By checksum, not by dot: else one forged change would keep the true one out for ever.
         self._quarantine: OrderedDict[bytes, None] = OrderedDict()
         # Documents to rebuild, and why.
         self._broken: dict[str, str] = {}
-        self._fingerprint = 0
         self._is_reidentifying = False
-        self._synced = 0
-        # How many changes were committed, and how many had been at each heartbeat.
-        self._commits = 0
-        self._history: deque[tuple[float, int]] = deque(maxlen=HISTORY_MAX)
         self._quorum = Quorum(
             hello.agent,
             hello.is_durable,
@@ -292,23 +224,15 @@ class Sync:
             lambda: self._effects.append(Hurry()),
         )
         self.presence = Presence(hello.writer, hello.agent, documents.wall_ms())
-        # Of relays: the writers they lend. Of borrowers: what must be here before they may write.
+        # Of relays: the writers they lend; and what this replica borrowed.
         self.leases = Leases(rng) if hello.role == "relay" else None
-        self._borrowed: dict[str, int] = {}
-        self._lender: int | None = None
-        self._loan: dict[str, int] = {}
-        self._was_given_back = False
+        self._loan = Loan()
         # Document -> own seq that a peer acknowledged after it got it from here.
         self.own_acked: dict[str, int] = {}
-        # Writers that this replica wrote as in earlier sessions.
-        self.former: set[int] = set()
-        # Deadlines; None while there is nothing to do. When a connection may have been silent for
-        # too long, at the earliest.
+        # When a connection may have been silent for too long, at the earliest; and when to look
+        # after what is done with each heartbeat.
         self._silence_at = now + config.link_timeout
         self._adopt_at = now + config.heartbeat
-        self._flush_at: float | None = None
-        self._want_at: float | None = None
-        self._tidy_at: float | None = None
 
     # Looking
 
@@ -319,41 +243,28 @@ class Sync:
 
     def committed_version(self, document: str) -> Version:
         """What of *document* is committed here."""
-        ledger = self._ledgers.get(document)
-        return ledger.committed.copy() if ledger else Version()
+        return self._ledger.committed(document)
 
     def floor(self, document: str) -> Version:
         """Up to where the log of *document* is forgotten."""
-        ledger = self._ledgers.get(document)
-        return ledger.floor.copy() if ledger else Version()
+        return self._ledger.floor(document)
 
     def lag(self, peer: int) -> int:
         """How many changes that are committed here the peer has not acknowledged."""
-        link = self._links[peer]
-        return sum(
-            max(0, seq - link.acked.get(name, _EMPTY).get(writer, 0))
-            for name, ledger in self._ledgers.items()
-            if link.takes(name)
-            for writer, seq in ledger.committed.items()
-        )
+        return self._ledger.lag(self._links[peer])
 
     def lag_seconds(self, peer: int, now: float) -> float:
         """For how long, about, changes that are committed here have not been acknowledged."""
-        lag = self.lag(peer)
-        if not lag:
-            return 0.0
-        reached = self._commits - lag
-        since = next((at for at, commits in reversed(self._history) if commits <= reached), None)
-        if since is None:
-            since = self._history[0][0] if self._history else now
-        return max(0.0, now - since)
+        return self._ledger.lag_seconds(self._links[peer], now)
+
+    @property
+    def copies(self) -> int:
+        """How many changes were sent, own ones and others', each counted for every peer."""
+        return self._outgoing.copies + self._serving.copies
 
     def missing_count(self) -> int:
         """How many changes peers have announced that are not delivered here."""
-        return sum(
-            max(0, wanted.target - self._version(name).get(writer, 0))
-            for (name, writer), wanted in self._missing.items()
-        )
+        return self._wants.count()
 
     @property
     def pending_count(self) -> int:
@@ -367,14 +278,14 @@ class Sync:
         yield "questions", len(self._quorum), WAITING_MAX
         yield "routes", self._quorum.routes, ROUTES_MAX
         yield "members", len(self.mesh.members), wire.MEMBERS_MAX
-        yield "pending bytes", self._pending_bytes, config.pending_bytes
-        yield "places waited for", len(self._waiting), config.pending_changes
-        yield "cached snapshots", len(self._uploads), CACHE_MAX
-        yield "uploads", self._uploads.served, max(SERVED_MAX, len(self._links))
+        yield "pending bytes", self._pending.size_bytes, config.pending_bytes
+        yield "places waited for", self._pending.awaited, config.pending_changes
+        uploads = self._serving.uploads
+        yield "cached snapshots", len(uploads), CACHE_MAX
+        yield "uploads", uploads.served, max(SERVED_MAX, len(self._links))
         yield "downloads", self._downloads.active, DOWNLOADS_MAX
-        yield "offers", len(self._downloads), len(self._ledgers)
-        slack = config.answer_bytes + 2 * CHANGES_FRAME_BYTES
-        share = BULK_WINDOW + slack
+        yield "offers", len(self._downloads), len(self._ledger.pages)
+        share = self._serving.share_bytes
         for link in self._links.values():
             yield "outbox", link.outbox.size_bytes, config.outbox_bytes + share
         total = config.outbox_bytes_total + len(self._links) * (FAIR_BYTES + share)
@@ -389,23 +300,28 @@ class Sync:
     @property
     def persisted(self) -> int:
         """The number of the newest `Persist` or `SaveSnapshot`."""
-        return self._persisted
+        return self._ledger.persisted
 
     @property
     def committed_number(self) -> int:
         """Up to which of these numbers everything is committed."""
-        return self._uncommitted[0][0] - 1 if self._uncommitted else self._persisted
+        return self._ledger.committed_number
+
+    @property
+    def former(self) -> set[int]:
+        """Writers that this replica wrote as in earlier sessions."""
+        return self._upkeep.former
 
     def is_synced(self) -> bool:
         """Whether every connected peer has committed what we have, and we what they have."""
-        if self._uncommitted or self._broken:
+        if not self._ledger.is_settled or self._broken:
             return False
         if any(link.hello is None and link.dialled for link in self._links.values()):
             return False
         for link in self.peers:
             if not link.is_greeted:
                 return False
-            for name in self._ledgers.keys() | link.acked.keys():
+            for name in self._ledger.pages.keys() | link.acked.keys():
                 if not link.takes(name):
                     continue
                 mine, theirs = self.committed_version(name), link.acked.get(name, _EMPTY)
@@ -428,13 +344,13 @@ class Sync:
         """When to call `tick` at the latest."""
         soonest = min(self.mesh.next_deadline(), self._silence_at, self._adopt_at)
         for at in (
-            self._flush_at,
-            self._want_at,
+            self._haves.flush_at,
+            self._wants.ask_at,
             self._downloads.check_at,
-            self._tidy_at,
+            self._upkeep.tidy_at,
             self._quorum.next_deadline(),
             self.presence.next_deadline(),
-            self._spread_at if self._outgoing else None,
+            self._outgoing.next_deadline(),
         ):
             if at is not None and at < soonest:
                 soonest = at
@@ -445,12 +361,12 @@ class Sync:
     def restore(self, document: str, version: Version, floor: Version, log_bytes: int = 0) -> None:
         """Take note of a document that was loaded from the store at *version*; *log_bytes* of
         its changes are not in the stored snapshot."""
-        ledger = self._ledger(document)
-        ledger.log_bytes = log_bytes
-        self._commit(ledger, document, version)
-        ledger.floor = floor.copy()
+        page = self._ledger.page(document)
+        page.log_bytes = log_bytes
+        self._commit(document, version)
+        page.floor = floor.copy()
         if (found := self.documents.find(document)) is not None:
-            self._note_tidying(found)
+            self._upkeep.note(found, self._now)
 
     def _make_mesh(self, now: float) -> Mesh:
         return Mesh(
@@ -513,14 +429,14 @@ class Sync:
             event = PeerDisconnected(link.hello.agent, link.hello.writer, reason)
             self._effects.append(Emit(event))
         self._outboxes.clear(link)
-        self._uploads.peer_down(peer)
+        self._serving.uploads.peer_down(peer)
         self._downloads.peer_down(peer)
         self.mesh.gone(link, now)
 
     def leave(self, now: float) -> None:
         """Say goodbye to everybody: this replica closes. What follows is carried out as ever."""
         self._now = now
-        self._spread()
+        self._outgoing.spread(self.mesh, now)
         self.mesh.leave()
         for link in list(self._links.values()):
             self._hang_up(link, wire.ByeCode.SHUTDOWN, "closing")
@@ -534,7 +450,7 @@ class Sync:
         frames = self._outboxes.take(link, frames_max)
         if was_congested and not link.is_congested:
             # It pulls what it lacks once it is told.
-            self._arm_flush()
+            self._haves.arm(self.mesh, self._now)
         return frames
 
     def has_unsent(self, peer: int) -> bool:
@@ -554,66 +470,47 @@ class Sync:
     def local_changes(self, changes: Iterable[Change], now: float) -> None:
         """Own changes were sealed: persist them; they leave once they are committed (S1)."""
         self._now = now
-        if self._was_given_back:
+        if self._loan.was_given_back:
             # Somebody else writes under this writer by now. The shell refuses writes before this.
             return
         for change in changes:
             assert change.writer == self.hello.writer, f"{change!r} is of another writer"
             self._persist(change, change)
             if (document := self.documents.find(change.document)) is not None:
-                self._note_tidying(document)
+                self._upkeep.note(document, self._now)
 
     def committed(self, number: int, now: float) -> None:
         """Everything persisted up to *number* is committed."""
         self._now = now
         touched: set[str] = set()
-        while self._uncommitted and self._uncommitted[0][0] <= number:
-            _, name, own, what = self._uncommitted.popleft()
-            ledger = self._ledger(name)
-            self._commit(ledger, name, what if isinstance(what, Version) else {what[0]: what[1]})
+        for name, version, own in self._ledger.settle(number):
+            self._commit(name, version)
             touched.add(name)
             if own is not None:
-                self._outgoing.append((own, None))
+                self._outgoing.add(own, None)
         for name in sorted(touched):
-            self._serve_asked(name)
+            self._serving.offer(name, now)
             self._maybe_compact(name)
         if self._quorum:
-            self._quorum.progressed(touched, self._persisted, self._synced)
+            self._quorum.progressed(touched, self._ledger.persisted, self._ledger.synced)
         if self._broken:
             self._rebuild_broken()
 
     def synced(self, number: int, now: float) -> None:
         """Everything persisted up to *number* is synced: a power cut does not take it."""
-        if number > self._synced:
-            self._now, self._synced = now, number
+        if number > self._ledger.synced:
+            self._now, self._ledger.synced = now, number
             if self._quorum:
-                self._quorum.progressed(None, self._persisted, number)
+                self._quorum.progressed(None, self._ledger.persisted, number)
 
     def _persist(self, change: Change, own: Change | None) -> None:
-        self._persisted += 1
-        self._effects.append(Persist(self._persisted, change))
-        self._uncommitted.append((self._persisted, change.document, own, change.dot))
-        self._ledger(change.document).log_bytes += len(change.data)
+        number = self._ledger.enter(change.document, change.dot, own)
+        self._effects.append(Persist(number, change))
+        self._ledger.open(change.document).log_bytes += len(change.data)
 
-    def _commit(self, ledger: _Ledger, name: str, version: Version | dict[int, int]) -> None:
+    def _commit(self, name: str, version: Mapping[int, int]) -> None:
         """Count *version* as committed, and tell peers soon (S2)."""
-        committed = ledger.committed
-        salt = ledger.salt
-        for writer, seq in version.items():
-            before = committed.get(writer, 0)
-            if seq <= before:
-                continue
-            moved = mix(salt, writer, seq)
-            if before:
-                moved ^= mix(salt, writer, before)
-            self._commits += seq - before
-            self._fingerprint ^= moved
-            ledger.fingerprint ^= moved
-            committed[writer] = seq
-            for link in self._links.values():
-                link.dirty.setdefault(name, set()).add(writer)
-        if self._links:
-            self._arm_flush()
+        self._haves.note(name, self._ledger.commit(name, version), self.mesh, self._now)
 
     # Receiving
 
@@ -648,7 +545,8 @@ class Sync:
             case wire.Roll():
                 self.mesh.on_roll(link, frame)
             case wire.Ask():
-                if self._quorum.on_ask(link, frame, self._now, self._persisted, self._synced):
+                persisted, synced = self._ledger.persisted, self._ledger.synced
+                if self._quorum.on_ask(link, frame, self._now, persisted, synced):
                     self._pass_on(frame, link, frozenset(frame.names))
             case wire.Answer():
                 self._quorum.on_answer(frame)
@@ -667,11 +565,12 @@ class Sync:
             case wire.Offer():
                 self._on_offer(link, frame)
             case wire.Get():
-                self._on_get(link, frame)
+                self._serving.on_get(link, frame, self._now)
             case wire.Chunk():
                 self._on_chunk(link, frame)
             case wire.Busy():
-                self._on_busy(frame)
+                later = self._now + frame.retry_after_ms / 1000
+                self._wants.put_off(frame.document, later)
             case wire.Bye():
                 link.is_closing = True
                 code = link.bye = _bye_code(frame.code)
@@ -727,7 +626,7 @@ class Sync:
             self._effects.append(Emit(PeerConnected(hello.agent, hello.writer, hello.role)))
         if link.is_visitor:
             return
-        self._send_full_haves(link)
+        self._haves.tell_all(link)
         self.mesh.met(link, self._now)
         for presence in self.presence.all(self._now):
             self._send(link.peer, presence)
@@ -756,38 +655,11 @@ class Sync:
                 before = self._version(change.document).get(change.writer, 0)
                 asked.setdefault((change.document, change.writer), before)
             self._take(link, change)
-        advanced: set[str] = set()
-        for (name, writer), before in asked.items():
-            if self._version(name).get(writer, 0) > before:
-                advanced.add(name)
-                if (wanted := self._missing.get((name, writer))) is not None:
-                    wanted.tries = 0
-                    wanted.due = self._now + self.config.want_retry
-        for name in advanced:
-            self._note_progress(link, name, frame)
-        if frame.more and advanced:
-            # Ask this peer on, but only after an answer that helped: else two who cannot help
-            # each other yet would talk as fast as the network lets them.
-            for (name, _), wanted in self._missing.items():
-                if name in advanced and wanted.peer == link.peer:
-                    wanted.due = self._now
-        if self._missing:
-            self._arm_want()
-
-    def _note_progress(self, link: Link, name: str, frame: wire.Changes) -> None:
-        """Tell how far catching up is, if it takes more than one answer."""
-        if not frame.more and name not in self._caught_up:
-            return
-        came = self._caught_up.get(name, 0) + len(frame.changes)
-        left = sum(
-            max(0, wanted.target - self._version(name).get(writer, 0))
-            for (document, writer), wanted in self._missing.items()
-            if document == name
-        )
-        self._effects.append(Emit(CatchingUp(name, link.agent, came, came + left, "changes")))
-        self._caught_up[name] = came
-        if not left:
-            del self._caught_up[name]
+        for name in sorted(self._wants.answered(link.peer, asked, frame.more, self._now)):
+            # How far catching up is, if it takes more than one answer.
+            progress = self._wants.progress(name, len(frame.changes), frame.more)
+            if progress is not None:
+                self._effects.append(Emit(CatchingUp(name, link.agent, *progress, "changes")))
 
     def _take(self, link: Link, change: Change) -> None:
         name, writer, seq = key = (change.document, change.writer, change.seq)
@@ -798,56 +670,25 @@ class Sync:
             known[writer] = seq
         if seq <= self._version(name).get(writer, 0) or key in self._pending:
             return
-        if writer == self.hello.writer and not self._is_borrowed(name, seq):
+        if writer == self.hello.writer and not self._loan.is_earlier(name, seq):
             self._reidentify(f"{link.agent} has change {seq} of this writer in {name!r}")
             return
         if self._quarantine and change.data[:CHECKSUM_BYTES] in self._quarantine:
             return
         document = self._find_or_make(name, change.shared)
         if document.is_broken:
-            self._want(name, writer, seq, self._now + self.config.want_retry)
+            self._wants.want(name, writer, seq, self._now + self.config.want_retry)
         elif document.is_ready(change):
             self._deliver(link, document, change)
         else:
-            self._park(link, document, change)
+            self._pending.park(document, change, link.peer, self._now)
 
     def _find_or_make(self, name: str, shared: bool) -> Document:
         found = self.documents.find(name)
         if found is None:
-            self._ledger(name)
+            self._ledger.page(name)
             found = self.documents.find_or_make(name, shared)
         return found
-
-    def _park(self, link: Link, document: Document, change: Change) -> None:
-        """Let a change wait for the first one it lacks; or, when too many do, forget it: it was
-        not acknowledged, so it will be asked for again (S6)."""
-        limit = self.config
-        if (
-            len(self._pending) >= limit.pending_changes
-            or self._pending_bytes + len(change.data) > limit.pending_bytes
-        ):
-            self._want(change.document, change.writer, change.seq, self._now + limit.want_retry)
-            return
-        key = (change.document, change.writer, change.seq)
-        self._pending[key] = (change, link.peer)
-        self._pending_bytes += len(change.data)
-        self._wait(document, change)
-
-    def _wait(self, document: Document, change: Change) -> None:
-        version = document.version
-        lacking = Dot(change.writer, change.seq - 1)
-        if version.covers(lacking):
-            lacking = next(dep for dep in change.deps if not version.covers(dep))
-        key = (change.document, change.writer, change.seq)
-        self._waiting.setdefault((change.document, *lacking), []).append(key)
-        due = self._now + self.config.want_delay
-        self._want(change.document, lacking.writer, lacking.seq, due)
-
-    def _unpark(self, key: tuple[str, int, int]) -> tuple[Change, Link | None]:
-        """Take a pending change out; return it with the link that it came by, if that is up."""
-        change, peer = self._pending.pop(key)
-        self._pending_bytes -= len(change.data)
-        return change, self._links.get(peer)
 
     def _deliver(self, link: Link | None, document: Document, change: Change) -> None:
         """Deliver a ready change and all that waited for it."""
@@ -855,17 +696,14 @@ class Sync:
         while ready:
             change, link = ready.pop()
             if document.is_broken:
-                self._want(change.document, change.writer, change.seq, self._now)
+                self._wants.want(change.document, change.writer, change.seq, self._now)
                 continue
             if not self._apply(link, document, change):
                 continue
-            for key in self._waiting.pop((change.document, change.writer, change.seq), ()):
-                if key not in self._pending:
-                    continue
-                if document.is_ready(self._pending[key][0]):
-                    ready.append(self._unpark(key))
-                else:
-                    self._wait(document, self._pending[key][0])
+            for place in self._pending.delivered(change):
+                parked = self._pending.retry(document, place, self._now)
+                if parked is not None:
+                    ready.append((parked.change, self._links.get(parked.peer)))
 
     def _apply(self, link: Link | None, document: Document, change: Change) -> bool:
         try:
@@ -887,9 +725,9 @@ class Sync:
             if writer == self.hello.writer:
                 # Who wrote it has ours, so it can no more be taken back.
                 self.own_acked[document.name] = max(seq, self.own_acked.get(document.name, 0))
-        self._outgoing.append((change, link))
+        self._outgoing.add(change, link)
         self._effects.append(Delivered(document, change, paths, change.origin.agent))
-        self._note_tidying(document)
+        self._upkeep.note(document, self._now)
         return True
 
     def _set_aside(self, change: Change) -> None:
@@ -904,7 +742,7 @@ class Sync:
 
     def _rebuild_broken(self) -> None:
         """Have broken documents rebuilt, once the store has all that was delivered to them."""
-        busy = {document for _, document, _, _ in self._uncommitted}
+        busy = self._ledger.unsettled()
         for name in [name for name in self._broken if name not in busy]:
             self._effects.append(Rebuild(name))
             self._effects.append(Emit(DocumentRebuilt(name, self._broken.pop(name))))
@@ -912,53 +750,12 @@ class Sync:
     def rebuilt(self, document: str, now: float) -> None:
         """The document was loaded from the store again."""
         self._now = now
-        for (name, _), wanted in self._missing.items():
-            if name == document:
-                wanted.due = now
-        self._arm_want()
+        self._wants.hurry(document, now)
         found = self.documents.find(document)
         assert found is not None, f"{document!r} was rebuilt and is not there"
         self._retry_pending(found)
-        self._serve_asked(document)
-        self._note_tidying(found)
-
-    def _spread(self) -> None:
-        """Send the outgoing changes, each to those that may lack it; to many only now and then.
-
-        A message to each of two hundred connections costs more than to write one change, so what
-        arrives from them one by one goes out by the dozen.
-        """
-        outgoing, self._outgoing = self._outgoing, []
-        encoded: dict[tuple[int, ...], list[bytes]] = {}
-        copies = 0
-        for link in self._links.values():
-            if not link.is_member or not link.is_greeted or link.is_congested:
-                continue
-            if not self.mesh.is_eager(link, self._now):
-                continue
-            chosen = tuple(
-                index
-                for index, (change, source) in enumerate(outgoing)
-                if self._may_lack(link, change, source)
-            )
-            if not chosen:
-                continue
-            frames = encoded.get(chosen)
-            if frames is None:
-                frames = encoded[chosen] = _encode_changes([outgoing[i][0].data for i in chosen])
-            copies += 1
-            for frame in frames:
-                self._push(link, frame, Lane.LIVE)
-        pause = min(max(0, copies - SPREAD_FREE) * SPREAD_EACH, SPREAD_MAX)
-        self._spread_at = self._now + pause
-
-    def _may_lack(self, link: Link, change: Change, source: Link | None) -> bool:
-        if not link.takes(change.document) or link is source:
-            return False
-        if source is not None and self.mesh.is_direct and link.writer in source.neighbours:
-            return False
-        known = link.known.get(change.document)
-        return known is None or known.get(change.writer, 0) < change.seq
+        self._serving.offer(document, now)
+        self._upkeep.note(found, self._now)
 
     # HAVE and WANT
 
@@ -966,13 +763,13 @@ class Sync:
         name = frame.document
         if not self._takes(name):
             return
-        self._ledger(name)
+        self._ledger.page(name)
         acked = link.acked.setdefault(name, Version())
         link.known.setdefault(name, Version()).merge(frame.version)
         acked.merge(frame.version)
         own = frame.version.get(self.hello.writer, 0)
         version = self._version(name)
-        if own > version.get(self.hello.writer, 0) and not self._is_borrowed(name, own):
+        if own > version.get(self.hello.writer, 0) and not self._loan.is_earlier(name, own):
             self._reidentify(f"{link.agent} has {own} changes of this writer in {name!r}")
             return
         if own and not frame.full:
@@ -980,211 +777,49 @@ class Sync:
         due = self._now if frame.full else self._now + self.config.want_delay
         for writer, seq in frame.version.items():
             if seq > version.get(writer, 0):
-                self._want(name, writer, seq, due)
-
-    def _want(self, name: str, writer: int, seq: int, due: float) -> None:
-        wanted = self._missing.get((name, writer))
-        if wanted is None:
-            self._missing[name, writer] = _Missing(seq, due)
-        else:
-            wanted.target = max(wanted.target, seq)
-            wanted.due = min(wanted.due, due) if not wanted.tries else wanted.due
-        self._arm_want(due)
-
-    def _ask(self) -> None:
-        """Ask for what is missing and due, each of it at one peer that has it."""
-        now = self._now
-        asks: dict[tuple[int, str], list[tuple[int, int, int]]] = {}
-        parked: dict[tuple[str, int], list[int]] = {}
-        for name, writer, seq in self._pending:
-            parked.setdefault((name, writer), []).append(seq)
-        for (name, writer), wanted in list(self._missing.items()):
-            have = self._version(name).get(writer, 0)
-            if have >= wanted.target:
-                del self._missing[name, writer]
-                continue
-            if wanted.due > now:
-                continue
-            peers = sorted(
-                link.peer
-                for link in self.peers
-                if link.acked.get(name, _EMPTY).get(writer, 0) > have
-            )
-            if not peers:
-                # Somebody's next HAVE will bring it up again.
-                del self._missing[name, writer]
-                continue
-            if self._downloads.is_running(name):
-                wanted.due = now + self.config.want_retry
-                continue
-            start = wanted.tries if wanted.tries else self._rng.randrange(len(peers))
-            peer = peers[start % len(peers)]
-            last = min(wanted.target, self._links[peer].acked[name].get(writer, 0))
-            gaps = _gaps(writer, have + 1, last, sorted(parked.get((name, writer), ())))
-            asks.setdefault((peer, name), []).extend(gaps)
-            wanted.tries += 1
-            wanted.peer = peer
-            pause = self.config.want_retry * 1.5 ** min(wanted.tries - 1, 10)
-            wanted.due = now + min(pause, self.config.want_retry_max)
-        for (peer, name), ranges in asks.items():
-            for at in range(0, len(ranges), wire.RANGES_MAX):
-                self._send(peer, wire.Want(name, tuple(ranges[at : at + wire.RANGES_MAX])))
+                self._wants.want(name, writer, seq, due)
 
     def _on_want(self, link: Link, frame: wire.Want) -> None:
-        if link.outbox.bulk_bytes > BULK_WINDOW:
-            self._refuse(link, frame.document)
-            return
-        if not self._takes(frame.document):
-            return
-        ledger = self._ledger(frame.document)
-        if any(first <= ledger.floor.get(writer, 0) for writer, first, _ in frame.ranges):
-            self._ask_snapshot(link, frame.document)
-            return
-        committed = ledger.committed
-        ranges = tuple(
-            (writer, first, min(last, committed.get(writer, 0)))
-            for writer, first, last in frame.ranges
-            if first <= committed.get(writer, 0)
-        )
+        ranges = self._serving.on_want(link, frame, self._now)
         if ranges:
             self._effects.append(Fetch(link.peer, frame.document, ranges))
-
-    def _ask_snapshot(self, link: Link, name: str) -> None:
-        """Let a peer have a snapshot, if not too many others fetch one."""
-        if self._uploads.may_serve(link.peer, self._now):
-            self._uploads.ask(name, link.peer)
-            self._serve_asked(name)
-        else:
-            self._refuse(link, name)
 
     def snapshot_instead(self, peer: int, document: str, log_bytes: int, now: float) -> bool:
         """Of what a `Fetch` asks for the log has *log_bytes*: whether a snapshot is less. Then it
         is offered, and nothing is to be read."""
         self._now = now
-        link, found = self._links.get(peer), self.documents.find(document)
-        if link is None or found is None or found.is_broken or log_bytes < SNAPSHOT_WORTH:
-            return False
-        if log_bytes < SNAPSHOT_SHARE * self._measure(found):
-            return False
-        self._ask_snapshot(link, document)
-        return True
-
-    def _measure(self, document: Document) -> int:
-        """About how large a document's snapshot is; as costly as one, so not looked at often."""
-        ledger = self._ledger(document.name)
-        if ledger.measured_at is None or self._now >= ledger.measured_at + MEASURED_FOR:
-            ledger.measured_at, ledger.measured = self._now, document.sizes()[0]
-        return ledger.measured
-
-    def _refuse(self, link: Link, name: str) -> None:
-        """Let a peer ask again later: enough is under way to it."""
-        pause_ms = int(BUSY_PAUSE * 1000 * (1 + self._rng.random()))
-        self._send(link.peer, wire.Busy(name, pause_ms))
+        link = self._links.get(peer)
+        return link is not None and self._serving.snapshot_instead(link, document, log_bytes, now)
 
     def fetched(self, peer: int, changes: Sequence[bytes], more: bool) -> None:
         """What a `Fetch` found, in the order of the journal; *more* if it was cut short."""
-        if not changes or peer not in self._links:
-            return
-        frames = _split(changes)
-        for index, part in enumerate(frames):
-            is_last = index == len(frames) - 1
-            self._send(peer, wire.Changes(tuple(part), answer=True, more=more and is_last))
+        if changes and peer in self._links:
+            self._serving.send_changes(peer, changes, more)
 
     def _on_heartbeat(self, link: Link, frame: wire.Heartbeat) -> None:
         link.is_greeted = True
         mine = self._fingerprint_for(link)
-        told = link.told
+        before = link.told
         self.mesh.on_heartbeat(link, frame, self._now)
-        if frame.fingerprint == mine:
-            link.mismatches = 0
-            if link.agreed != mine:
-                link.agreed = mine
-                self._note_agreement(link)
-            return
-        # While changes are on their way nothing else is to be expected.
-        is_quiet = told is not None and told[:2] == (frame.fingerprint, mine)
-        link.mismatches += MISMATCH_QUIET if is_quiet else 1
-        if link.mismatches >= MISMATCHES_MAX:
-            link.mismatches = 0
-            self._send_full_haves(link)
+        self._haves.compare(link, mine, frame.fingerprint, before)
 
     def _fingerprint_for(self, link: Link) -> int:
         """64 bits over all that is committed here and concerns a link."""
         if not link.is_partial and self.hello.documents is None:
-            return self._fingerprint
-        found = 0
-        for name, ledger in self._ledgers.items():
-            if link.takes(name) and self._takes(name):
-                found ^= ledger.fingerprint
-        return found
+            return self._ledger.fingerprint
+        return self._ledger.fingerprint_of(
+            name for name in self._ledger.pages if link.takes(name) and self._takes(name)
+        )
 
     def _takes(self, name: str) -> bool:
         """Whether this replica takes part in a document."""
         return takes(self.hello.documents, name)
 
-    def _note_agreement(self, link: Link) -> None:
-        """The peer has committed just what we have: it need not name it, should a HAVE be lost."""
-        for name, ledger in self._ledgers.items():
-            if link.takes(name):
-                link.acked.setdefault(name, Version()).merge(ledger.committed)
-
-    def _send_full_haves(self, link: Link) -> None:
-        for name in sorted(self._ledgers):
-            if link.takes(name):
-                link.dirty.pop(name, None)
-                self._send(link.peer, wire.Have(name, self._ledgers[name].committed.copy(), True))
-
-    def _flush(self) -> None:
-        """Tell every peer what was committed since it was last told."""
-        # Most have to be told the same.
-        encoded: dict[tuple[str, frozenset[int]], bytes] = {}
-        for link in self._links.values():
-            if link.hello is None or link.is_congested or link.is_closing:
-                continue
-            dirty, link.dirty = link.dirty, {}
-            for name, writers in dirty.items():
-                if not link.takes(name):
-                    continue
-                key = (name, frozenset(writers))
-                frame = encoded.get(key)
-                if frame is None:
-                    committed = self._ledgers[name].committed
-                    moved = Version({writer: committed[writer] for writer in sorted(writers)})
-                    frame = encoded[key] = wire.encode_frame(wire.Have(name, moved, False))
-                self._push(link, frame, Lane.LIVE)
-
     # Snapshots
 
-    def _serve_asked(self, name: str) -> None:
-        """Offer a snapshot to those who wait for one, once no own change in it is uncommitted
-        (S3), and once the document was rebuilt if its engine failed."""
-        if not self._uploads.is_asked(name) or self._has_uncommitted(name):
-            return
-        document = self.documents.find(name)
-        if document is None:
-            self._uploads.drop(name)
-        elif not document.is_broken:
-            floor = self._ledger(name).floor
-            self._uploads.offer(name, floor, self._now, document.snapshot)
-
-    def _has_uncommitted(self, name: str) -> bool:
-        return any(own is not None and doc == name for _, doc, own, _ in self._uncommitted)
-
     def _on_offer(self, link: Link, frame: wire.Offer) -> None:
-        if any(
-            name == frame.document and wanted.peer == link.peer and wanted.tries
-            for (name, _), wanted in self._missing.items()
-        ):
+        if self._wants.is_asked(frame.document, link.peer):
             self._downloads.on_offer(link.peer, frame, self._now)
-
-    def _on_get(self, link: Link, frame: wire.Get) -> None:
-        if link.outbox.bulk_bytes > BULK_WINDOW:
-            # It asks again for what does not come.
-            return
-        if not self._uploads.on_get(link.peer, frame, self._now):
-            # It has been replaced by a newer one: offer that.
-            self._uploads.ask(frame.document, link.peer)
-            self._serve_asked(frame.document)
 
     def _on_chunk(self, link: Link, frame: wire.Chunk) -> None:
         data = self._downloads.on_chunk(link.peer, frame, self._now)
@@ -1199,7 +834,7 @@ class Sync:
             raise ProtocolError(f"a snapshot of {snapshot.document!r} in place of {name!r}")
         own = snapshot.version.get(self.hello.writer, 0)
         is_known = own <= self._version(name).get(self.hello.writer, 0)
-        if not is_known and not self._is_borrowed(name, own):
+        if not is_known and not self._loan.is_earlier(name, own):
             self._reidentify(f"a snapshot of {link.agent} has more of this writer in {name!r}")
             return
         document = self._find_or_make(name, snapshot.shared)
@@ -1215,59 +850,38 @@ class Sync:
         self._save(document)
         self._effects.append(Delivered(document, None, paths, link.agent))
         self._effects.append(Emit(SnapshotReceived(name, link.agent, len(data))))
-        self._note_tidying(document)
+        self._upkeep.note(document, self._now)
         self._retry_pending(document)
 
     def _retry_pending(self, document: Document) -> None:
         """After a jump of the version: deliver what became ready, forget what is contained."""
-        name, version = document.name, document.version
-        keys = [key for key in self._pending if key[0] == name]
-        for place in [place for place in self._waiting if place[0] == name]:
-            del self._waiting[place]
-        for key in keys:
-            if version.covers((key[1], key[2])):
-                self._unpark(key)
-        for key in keys:
-            if key not in self._pending:
-                continue
-            if document.is_ready(self._pending[key][0]):
-                change, link = self._unpark(key)
-                self._deliver(link, document, change)
-            else:
-                self._wait(document, self._pending[key][0])
+        for place in self._pending.jumped(document):
+            parked = self._pending.retry(document, place, self._now)
+            if parked is not None:
+                self._deliver(self._links.get(parked.peer), document, parked.change)
 
     def _save(self, document: Document) -> None:
         """Let the store keep the document as it is now, as its snapshot."""
-        ledger = self._ledger(document.name)
+        page = self._ledger.page(document.name)
         snapshot = document.snapshot()
         data = snapshot.encode()
-        self._persisted += 1
-        number = self._persisted
+        number = self._ledger.enter(document.name, snapshot.version, None)
         self._effects.append(SaveSnapshot(number, document.name, snapshot.version, data))
-        self._uncommitted.append((number, document.name, None, snapshot.version))
-        ledger.log_bytes, ledger.snapshot_bytes = 0, len(data)
+        page.log_bytes, page.snapshot_bytes = 0, len(data)
 
     def _maybe_compact(self, name: str) -> None:
         """Renew the stored snapshot when the log has outgrown it. Local, at any time, without
         asking anybody: who falls below the floor gets a snapshot."""
-        ledger = self._ledgers[name]
-        limit = max(self.config.snapshot_after_bytes, ledger.snapshot_bytes)
         document = self.documents.find(name)
-        if document is None or document.is_broken or self._uncommitted:
+        if document is None or document.is_broken or not self._ledger.is_settled:
             return
-        if ledger.log_bytes > limit:
+        if self._ledger.has_outgrown(name, self.config.snapshot_after_bytes):
             self._save(document)
 
     def compacted(self, name: str, floor: Version) -> None:
         """The store has forgotten the changes up to *floor*."""
         assert floor <= self._version(name), f"S4: {name!r} forgot what was not delivered"
-        self._ledger(name).floor = floor.copy()
-
-    def _on_busy(self, frame: wire.Busy) -> None:
-        later = self._now + frame.retry_after_ms / 1000
-        for (name, _), wanted in self._missing.items():
-            if name == frame.document:
-                wanted.due = max(wanted.due, later)
+        self._ledger.page(name).floor = floor.copy()
 
     # Questions, presence, leases
 
@@ -1288,7 +902,7 @@ class Sync:
         self._now = now
         nonce = self._rng.getrandbits(64)
         question = Question(nonce, frozenset(names), document, version, durable, tell, now)
-        self._quorum.ask(question, self._persisted, self._synced)
+        self._quorum.ask(question, self._ledger.persisted, self._ledger.synced)
         self._ask_questions()
         return question
 
@@ -1306,7 +920,7 @@ class Sync:
         have = self._version(document)
         for writer, seq in version.items():
             if seq > have.get(writer, 0):
-                self._want(document, writer, seq, now)
+                self._wants.want(document, writer, seq, now)
 
     def _pass_on(
         self, frame: wire.Frame, source: Link | None, names: frozenset[str] = frozenset()
@@ -1344,62 +958,37 @@ class Sync:
     def borrow(self, lender: int, seqs: dict[str, int]) -> None:
         """This replica borrowed its writer from the relay *lender*: it may write once it has
         *seqs* of it."""
-        self._lender = lender
-        self._loan = dict(seqs)
-        self._borrowed = {name: seq for name, seq in seqs.items() if self._takes(name)}
+        self._loan.begin(lender, seqs, self._takes)
 
     def has_borrowed_all(self) -> bool:
         """Whether everything is here that was written under the borrowed writer."""
         writer = self.hello.writer
-        self._borrowed = {
-            name: seq
-            for name, seq in self._borrowed.items()
-            if self._version(name).get(writer, 0) < seq
-        }
-        return not self._borrowed
+        return self._loan.has_all(lambda name: self._version(name).get(writer, 0))
 
     def give_back(self) -> bool:
         """Hand the borrowed writer back, if the lender has all that was written. False if not."""
         writer = self.hello.writer
         written = {n: v[writer] for n, v in self.documents.versions() if writer in v}
-        for link in self.peers:
-            if link.writer == self._lender and all(
-                link.acked.get(name, _EMPTY).get(writer, 0) >= seq for name, seq in written.items()
-            ):
-                # What earlier borrowers wrote where this one takes no part is there as well.
-                self._send(link.peer, wire.Return(writer, {**self._loan, **written}))
-                self._was_given_back = True
-                return True
-        return False
-
-    @property
-    def _is_between_loans(self) -> bool:
-        """Whether the borrowed writer is not to be written under: not yet, or no more."""
-        return bool(self._borrowed) or self._was_given_back
+        returned = self._loan.give_back(writer, written, self.peers)
+        if returned is None:
+            return False
+        lender, seqs = returned
+        self._send(lender, wire.Return(writer, seqs))
+        return True
 
     def _on_borrow(self, link: Link) -> None:
         writer, seqs = 0, {}
         if self.leases is not None:
             writer = self.leases.lend()
-            seqs = self._committed_of(writer)
+            seqs = self._ledger.committed_of(writer)
         self._send(link.peer, wire.Lend(writer, seqs))
-
-    def _committed_of(self, writer: int) -> dict[str, int]:
-        return {
-            name: ledger.committed[writer]
-            for name, ledger in self._ledgers.items()
-            if writer in ledger.committed
-        }
 
     def _on_return(self, link: Link, frame: wire.Return) -> None:
         if self.leases is not None and link.writer == frame.writer:
-            self.leases.take_back(frame.writer, frame.seqs, self._committed_of(frame.writer))
+            committed = self._ledger.committed_of(frame.writer)
+            self.leases.take_back(frame.writer, frame.seqs, committed)
 
     # Identity
-
-    def _is_borrowed(self, name: str, seq: int) -> bool:
-        """Whether an own change that comes from elsewhere is an earlier borrower's."""
-        return seq <= self._borrowed.get(name, 0)
 
     def _reidentify(self, reason: str) -> None:
         if not self._is_reidentifying:
@@ -1426,14 +1015,9 @@ class Sync:
         self.hello = hello
         self._is_reidentifying = False
         self.own_acked.clear()
-        self._uncommitted.clear()
         self._outgoing.clear()
         self._effects = [e for e in self._effects if not isinstance(e, (Persist, SaveSnapshot))]
-        self._fingerprint = 0
-        for ledger in self._ledgers.values():
-            ledger.committed, ledger.fingerprint = Version(), 0
-        # The store synced what it kept, and what was told may not be among it.
-        self._synced = self._persisted
+        self._ledger.reset()
         self._quorum.reset()
         self.mesh.rename(hello)
         self.presence.rename(hello.writer)
@@ -1446,18 +1030,19 @@ class Sync:
         """Do what is due at *now*."""
         self._note_sleep(now)
         self._now = now
-        if self._flush_at is not None and self._flush_at <= now:
-            self._flush_at = None
+        if self._haves.flush_at is not None and self._haves.flush_at <= now:
             # What is named is not to be asked for if it comes anyway.
-            self._spread()
-            self._flush()
-        if self._want_at is not None and self._want_at <= now:
-            self._ask()
-            self._want_at = min((w.due for w in self._missing.values()), default=None)
+            self._outgoing.spread(self.mesh, now)
+            self._haves.flush()
+        if self._wants.ask_at is not None and self._wants.ask_at <= now:
+            self._wants.ask(self.peers, self._pending.seqs(), now)
         if self._downloads.check_at is not None and self._downloads.check_at <= now:
             self._downloads.check(now)
-        if self._tidy_at is not None and self._tidy_at <= now:
-            self._tidy()
+        if self._upkeep.tidy_at is not None and self._upkeep.tidy_at <= now:
+            if self._loan.is_between:
+                self._upkeep.put_off(now + self.config.heartbeat)
+            else:
+                self._upkeep.tidy(now)
         if self._silence_at <= now:
             self._end_silent()
         self.mesh.tick(now)
@@ -1466,8 +1051,8 @@ class Sync:
         if self._adopt_at <= now:
             self._quorum.expire(now)
             if self._quorum:
-                self._quorum.progressed(None, self._persisted, self._synced)
-            self._history.append((now, self._commits))
+                self._quorum.progressed(None, self._ledger.persisted, self._ledger.synced)
+            self._ledger.note_time(now)
             self._adopt_at = now + self.config.heartbeat
             self._adopt()
 
@@ -1490,57 +1075,23 @@ class Sync:
 
     def unadopted(self) -> list[tuple[Document, int]]:
         """Lanes of own former writers that nobody looks after."""
-        found = []
-        if self.former:
-            for document in map(self.documents.find, self._ledgers):
-                if document is not None:
-                    lanes = document.lanes
-                    waiting = self.former.intersection(lanes.lanes).difference(lanes.tended)
-                    found += [(document, writer) for writer in sorted(waiting)]
-        return found
+        return self._upkeep.unadopted()
 
     def _adopt(self) -> None:
         """Look after the lanes of former writers of whom no peer has more than we have (L6)."""
-        waiting = self.unadopted()
-        if self._is_between_loans or not waiting or not self.peers or not self.is_synced():
+        waiting = self._upkeep.unadopted()
+        if self._loan.is_between or not waiting or not self.peers or not self.is_synced():
             return
-        for document, writer in waiting:
-            if self._has_all_of(writer):
-                document.adopt(writer)
-                self._note_tidying(document)
-
-    def _note_tidying(self, document: Document) -> None:
-        ledger = self._ledger(document.name)
-        if document.needs_tidying and ledger.tidy_at is None:
-            ledger.tidy_at = self._now + self.config.tidy_delay * (0.5 + self._rng.random())
-            if self._tidy_at is None or ledger.tidy_at < self._tidy_at:
-                self._tidy_at = ledger.tidy_at
-
-    def _tidy(self) -> None:
-        if self._is_between_loans:
-            self._tidy_at = self._now + self.config.heartbeat
-            return
-        self._tidy_at = None
-        for name, ledger in self._ledgers.items():
-            if ledger.tidy_at is None:
-                continue
-            if ledger.tidy_at <= self._now:
-                ledger.tidy_at = None
-                document = self.documents.find(name)
-                if document is not None and document.needs_tidying:
-                    self.documents.seal_tidying(document)
-                    self._note_tidying(document)
-            if ledger.tidy_at is not None and (
-                self._tidy_at is None or ledger.tidy_at < self._tidy_at
-            ):
-                self._tidy_at = ledger.tidy_at
+        found = ((where, writer) for where, writer in waiting if self._has_all_of(writer))
+        self._upkeep.adopt(found, self._now)
 
     # Output
 
     def effects(self) -> list[Effect]:
         """Take what is to be done, in order."""
-        if self._outgoing and self._spread_at <= self._now:
-            self._spread()
+        spread_at = self._outgoing.next_deadline()
+        if spread_at is not None and spread_at <= self._now:
+            self._outgoing.spread(self.mesh, self._now)
         mesh = self.mesh
         if mesh.pruned:
             for link in mesh.pruned:
@@ -1565,66 +1116,9 @@ class Sync:
             self._outboxes.push(link, frame, lane)
             self._unsent[link.peer] = None
 
-    def _ledger(self, name: str) -> _Ledger:
-        ledger = self._ledgers.get(name)
-        if ledger is None:
-            if len(self._ledgers) >= DOCUMENTS_MAX:
-                raise ProtocolError(f"more than {DOCUMENTS_MAX} documents")
-            ledger = self._ledgers[name] = _Ledger(_salt(name))
-        return ledger
-
-    def _arm_flush(self) -> None:
-        if self._flush_at is None:
-            is_small = self.mesh.members.count <= self.config.mesh_max
-            config = self.config
-            self._flush_at = self._now + (config.have_delay if is_small else config.have_delay_max)
-
-    def _arm_want(self, due: float | None = None) -> None:
-        if due is None:
-            due = min((w.due for w in self._missing.values()), default=None)
-        if due is not None and (self._want_at is None or due < self._want_at):
-            self._want_at = due
-
-
-def _gaps(writer: int, first: int, last: int, known: list[int]) -> list[tuple[int, int, int]]:
-    """The parts of *first* to *last* that are not in *known*, which is sorted."""
-    gaps = []
-    for seq in known:
-        if seq > last:
-            break
-        if first < seq:
-            gaps.append((writer, first, seq - 1))
-        first = max(first, seq + 1)
-    if first <= last:
-        gaps.append((writer, first, last))
-    return gaps
-
 
 def _bye_code(number: int) -> wire.ByeCode:
     try:
         return wire.ByeCode(number)
     except ValueError:
         return wire.ByeCode.NORMAL
-
-
-def _split(changes: Sequence[bytes]) -> list[list[bytes]]:
-    """Cut a run of changes into frames of a size that does not delay what comes after it."""
-    frames: list[list[bytes]] = [[]]
-    size = 0
-    for data in changes:
-        if frames[-1] and (
-            size + len(data) > CHANGES_FRAME_BYTES or len(frames[-1]) >= wire.CHANGES_MAX
-        ):
-            frames.append([])
-            size = 0
-        frames[-1].append(data)
-        size += len(data)
-    return frames
-
-
-def _encode_changes(changes: Sequence[bytes]) -> list[bytes]:
-    return [wire.encode_frame(wire.Changes(tuple(part))) for part in _split(changes)]
-
-
-def _salt(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")

@@ -400,6 +400,31 @@ def test_a_resolution_covers_all_candidates_everywhere() -> None:
         assert agent.map("plan").conflicts() == {} and agent.conflicts() == []
 
 
+def test_conflicts_are_counted_without_reading_them() -> None:
+    one, two = Agent(1), Agent(2)
+    one.document("notes", shared=True)
+    for agent in (one, two):
+        plan = agent.map("plan")
+        plan.update({"same": "x", "gone": agent.agent, "a": agent.agent, "b": agent.agent})
+        agent.map("other")["a"] = agent.agent
+        agent.register("leader").value = agent.agent
+        agent.document("tasks").map("plan")["a"] = agent.agent
+        agent.set("tags").add("red")
+        agent.counter("tokens").increment()
+    for agent, wanted in ((one, 0), (two, 0)):
+        assert agent.count_conflicts() == len(agent.conflicts()) == wanted
+    exchange(one, two)
+    for agent in (one, two):
+        assert agent.count_conflicts() == len(agent.conflicts()) == 6
+    del one.map("plan")["gone"]
+    two.map("plan").resolve("b", "c")
+    exchange(one, two)
+
+    for agent in (one, two):
+        assert agent.count_conflicts() == len(agent.conflicts()) == 4
+        assert agent.document("tasks").count_conflicts() == 1
+
+
 def test_the_same_value_from_two_agents_is_no_conflict() -> None:
     one, two = Agent(1), Agent(2)
     one.map("plan")["goal"] = "x"

@@ -43,10 +43,17 @@ FLOORS = [
         "presence",
         "quorum",
         "consistency",
+        "ledger",
+        "haves",
+        "wants",
+        "pending",
+        "outgoing",
+        "serving",
+        "upkeep",
         "sync",
     },
     {"transports", "stores"},
-    {"replica"},
+    {"arguments", "glance", "observers", "saving", "connections", "borrowing", "replica"},
     {"blocking", "relay", "simulation", "demo", "cli", "__main__"},
 ]
 

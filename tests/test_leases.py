@@ -437,7 +437,7 @@ async def test_a_crashed_borrower_s_writer_is_never_lent_again() -> None:
         await crashed.__aenter__()
         crashed.map("plan")["a"] = 1
         await crashed.synced(timeout=10)
-        for link in crashed._links.values():
+        for link in crashed._connections._links.values():
             link.connection.abort()
         seen = {crashed.writer}
         for number in range(5):

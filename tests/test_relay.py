@@ -285,6 +285,7 @@ def test_prometheus_can_read_how_it_is_doing(tmp_path):
         assert found["crdtstate_members{role=agent,state=down}"] == 0
         assert found["crdtstate_received_changes_total"] == 5
         assert found["crdtstate_own_changes_total"] == 0
+        assert found["crdtstate_sent_changes_total"] == 5
         assert found["crdtstate_received_bytes_total"] > 500
         assert found["crdtstate_sent_bytes_total"] > 500
         assert found["crdtstate_delivered_changes_total"] == 5

@@ -217,6 +217,46 @@ def test_wrong_observers_are_refused() -> None:
             replica.on(event, handler)
 
 
+@asynchronous
+async def test_a_handler_that_stands_twice_is_taken_away_once_at_a_time() -> None:
+    async with Replica("ann") as ann:
+        heard: list[Changed] = []
+        first, second = ann.on(Changed, heard.append), ann.on(Changed, heard.append)
+        first()
+        first()
+        ann.map("plan")["a"] = 1
+        await ann.durable(timeout=10)
+        await asyncio.sleep(0)
+        assert len(heard) == 1
+
+        second()
+        ann.map("plan")["a"] = 2
+        await ann.durable(timeout=10)
+        await asyncio.sleep(0)
+        assert len(heard) == 1
+
+
+@asynchronous
+async def test_who_is_cancelled_while_closing_has_closed_the_store(tmp_path: Path) -> None:
+    path = tmp_path / "ann.db"
+    ann = await Replica("ann", store=path, listen=LOCAL).__aenter__()
+    ann.map("plan")["a"] = 1
+    waiting = asyncio.create_task(ann.wait_for(Cut({"main": Version({5: 5})})))
+    await asyncio.sleep(0)
+
+    async def cancelled() -> None:
+        asyncio.current_task().cancel()  # type: ignore[union-attr]
+        await ann.close()
+
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.create_task(cancelled())
+
+    with pytest.raises(ReplicaClosed):
+        await waiting
+    async with Replica("ann", store=path) as again:
+        assert again.map("plan")["a"] == 1
+
+
 @pytest.mark.parametrize("setting", [{"heartbeat": 0}, {"link_timeout": 1}, {"outbox_bytes": "x"}])
 def test_wrong_settings_are_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(setting))):
@@ -413,6 +453,7 @@ async def test_conflicts_are_announced_when_found_and_when_resolved() -> None:
             bob.map("plan")["goal"] = "b"
             await bob.synced(timeout=10)
             assert [c.key for c in ann.conflicts()] == ["goal"]
+            assert ann.status()["conflicts"] == len(ann.conflicts()) == 1
             bob.map("plan").resolve("goal", "c")
             event = await resolved
 

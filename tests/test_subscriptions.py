@@ -358,4 +358,4 @@ def test_a_want_for_another_document_leaves_nothing_behind() -> None:
         part.core.receive(there, wire.Want(f"other-{number}", ((7, 1, 9),)), part.now)
     part.act()
 
-    assert list(part.core._ledgers) == []
+    assert list(part.core._ledger.pages) == []

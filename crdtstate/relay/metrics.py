@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from crdtstate import __version__
+from crdtstate.glance import Glance
 from crdtstate.membership import State
 from crdtstate.relay.chronicle import Chronicle
-from crdtstate.relay.glance import Glance
 from crdtstate.relay.holdings import Holdings, Sizes
 from crdtstate.replica import Replica
 
@@ -83,7 +83,7 @@ class Metrics:
 
     def families(self, *, is_ready: bool, viewers: int) -> Iterator[Family]:
         """All metrics as they are now."""
-        glance = Glance.at(self._replica)
+        glance = self._replica.glance()
         yield from _of_the_process()
         yield _gauge("ready", "Whether the relay does its work (see /healthz).", int(is_ready))
         yield _gauge(
@@ -92,7 +92,7 @@ class Metrics:
             int(bool(glance.store_failure)),
         )
         yield from self._of_the_mesh()
-        yield from self._of_the_traffic()
+        yield from self._of_the_traffic(glance)
         yield _gauge(
             "pending_changes", "Changes that wait for others they build on.", glance.pending
         )
@@ -146,7 +146,7 @@ class Metrics:
             [(labels, peer.queued_bytes) for labels, peer in named],
         )
 
-    def _of_the_traffic(self) -> Iterator[Family]:
+    def _of_the_traffic(self, glance: Glance) -> Iterator[Family]:
         traffic = self._replica.traffic
         for what, received, sent in (
             ("messages", traffic.messages_in, traffic.messages_out),
@@ -158,6 +158,9 @@ class Metrics:
             "received_changes_total", "Changes of others that were taken in.", traffic.changes_in
         )
         yield _counter("own_changes_total", "Changes made here.", traffic.changes_out)
+        yield _counter(
+            "sent_changes_total", "Changes to peers, each counted for every peer.", glance.copies
+        )
 
     def _of_the_documents(self, journal: Mapping[str, int]) -> Iterator[Family]:
         changes = {name: version.total for name, version in self._replica.versions()}

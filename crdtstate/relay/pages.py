@@ -20,9 +20,9 @@ import msgpack
 
 from crdtstate import __version__
 from crdtstate.document import Document
+from crdtstate.glance import Glance
 from crdtstate.relay import metrics
 from crdtstate.relay.chronicle import Chronicle
-from crdtstate.relay.glance import Glance
 from crdtstate.relay.holdings import CONFLICTS_SHOWN, Holdings
 from crdtstate.relay.live import VIEWERS_MAX, Live
 from crdtstate.replica import Replica
@@ -110,7 +110,7 @@ class Site:
 
     def health(self) -> dict[str, Any]:
         """Whether the relay does its work, and if not, why."""
-        why = self._troubles(Glance.at(self.replica))
+        why = self._troubles(self.replica.glance())
         return {
             "ready": not why,
             "why": why,
@@ -139,7 +139,7 @@ class Site:
     # The page
 
     def _sections(self) -> dict[str, Any]:
-        glance = Glance.at(self.replica)
+        glance = self.replica.glance()
         contested = self.holdings.contested()
         conflicts = [each for found in contested.values() for each in found.first]
         versions = dict(self.replica.versions())

@@ -192,8 +192,10 @@ class WebSocketListener:
 
     async def close(self) -> None:
         self._is_closing = True
-        await self._stop_accepting()
-        self._server.close(close_connections=False)
+        try:
+            await self._stop_accepting()
+        finally:
+            self._server.close(close_connections=False)
         await asyncio.gather(*(each.close("the listener closed") for each in self._accepted))
         await self._server.wait_closed()
 

@@ -1,8 +1,5 @@
 """
-How a replica is doing, for those who ask often.
-
-`Replica.status` also counts the conflicts, for which it reads them all. This does not, and is the
-one place in `relay` that looks behind a replica's public names.
+How a replica is doing, for those who ask often: a relay's health, its metrics and its page.
 """
 
 from __future__ import annotations
@@ -10,8 +7,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-
-from crdtstate.replica import Replica
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +19,7 @@ class Glance:
         store_failure: Why the store refuses to write, if it does.
         pending: Changes that wait for others they build on.
         missing: Changes that peers announced and nobody sent yet.
+        copies: Changes sent since it was opened, each counted for every peer.
         journal: Bytes of changes kept in the journal, by document.
     """
 
@@ -32,24 +28,8 @@ class Glance:
     store_failure: str | None
     pending: int
     missing: int
+    copies: int
     journal: dict[str, int]
-
-    @classmethod
-    def at(cls, replica: Replica) -> Glance:
-        path = replica._store_path
-        store = None if path is None else str(path)
-        if replica._state != "open":
-            return cls(False, store, None, 0, 0, {})
-        journal = {name: replica._store.kept(name) for name in replica.documents()}
-        failure = replica._store.failure
-        return cls(
-            True,
-            store,
-            str(failure) if failure else None,
-            replica._sync.pending_count,
-            replica._sync.missing_count(),
-            journal,
-        )
 
     @property
     def disk_free(self) -> int | None:
