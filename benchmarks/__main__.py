@@ -12,6 +12,7 @@ from benchmarks.fleet import fleet
 from benchmarks.growth import growth
 from benchmarks.many import many, stalled
 from benchmarks.measure import FULL, QUICK, Effort, Result
+from benchmarks.mesh import mesh, thousand
 from benchmarks.propagation import propagation
 from benchmarks.reads import reads
 from benchmarks.recovery import recovery
@@ -28,14 +29,20 @@ BENCHMARKS: dict[str, Callable[[Effort], Sequence[Result]]] = {
     "stalled": stalled,
     "growth": growth,
     "recovery": recovery,
+    "mesh": mesh,
+    "thousand": thousand,
 }
+LONG = {"thousand"}
+"""Those that run only if they are named."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the command line names and print what came out."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="See benchmarks/.")
     known = ", ".join(BENCHMARKS)
-    parser.add_argument("names", nargs="*", metavar="name", help=f"which: {known}; default: all")
+    parser.add_argument(
+        "names", nargs="*", metavar="name", help=f"which: {known}; default: all but thousand"
+    )
     parser.add_argument("--quick", action="store_true", help="small versions, under two minutes")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
@@ -47,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("\n".join(f"{what + ':':<10} {fact}" for what, fact in machine().items()))
     started = time.monotonic()
     results: dict[str, Sequence[Result]] = {}
-    for name in options.names or BENCHMARKS:
+    for name in options.names or [name for name in BENCHMARKS if name not in LONG]:
         print(f"{time.monotonic() - started:5.0f} s  {name} ...", file=sys.stderr, flush=True)
         results[name] = BENCHMARKS[name](effort)
     print(as_json(results) if options.json else as_table(results))

@@ -13,16 +13,21 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from crdtstate import consistency, document, lanes, slots, sync
+from crdtstate import consistency, document, lanes, outgoing, slots, sync
 from crdtstate.change import Change
 from crdtstate.clock import Version
 from crdtstate.consistency import StrongRead, StrongWrite
 from crdtstate.document import Document
 from crdtstate.lanes import Lanes
+from crdtstate.leases import Leases, Loan
+from crdtstate.ledger import Ledger
+from crdtstate.pending import Pending
 from crdtstate.quorum import Quorum
+from crdtstate.serving import Serving
 from crdtstate.simulation import run_seed, shell
 from crdtstate.stores.index import DocumentIndex
 from crdtstate.sync import Sync
+from crdtstate.wants import Wants
 
 MUTANTS: dict[str, Callable[[], None]] = {}
 
@@ -132,7 +137,7 @@ def have_before_commit() -> None:
 
     def eager(self: Sync, change: Change, own: Change | None) -> None:
         persist(self, change, own)
-        self._commit(self._ledger(change.document), change.document, {change.writer: change.seq})
+        self._commit(change.document, {change.writer: change.seq})
 
     Sync._persist = eager
 
@@ -144,50 +149,49 @@ def sent_before_commit() -> None:
     def eager(self: Sync, changes: Any, now: float) -> None:
         listed = list(changes)
         local_changes(self, listed, now)
-        self._outgoing += [(change, None) for change in listed]
+        for change in listed:
+            self._outgoing.add(change, None)
 
     Sync.local_changes = eager
 
 
 @mutant
 def no_want() -> None:
-    def ask(self: Sync) -> None:
-        for wanted in self._missing.values():
-            wanted.due = float("inf")
+    def choose(self: Wants, *_: Any) -> dict[Any, Any]:
+        for want in self._wants.values():
+            want.due = float("inf")
+        return {}
 
-    Sync._ask = ask
+    Wants._choose = choose
 
 
 @mutant
 def snapshot_cut_at_received() -> None:
-    serve = Sync._serve_asked
+    init = Sync.__init__
 
-    def serve_too_much(self: Sync, asked: str) -> None:
-        received: dict[int, int] = {}
-        for name, writer, seq in self._pending:
-            if name == asked:
-                received[writer] = max(seq, received.get(writer, 0))
+    def begin(self: Sync, *args: Any) -> None:
+        init(self, *args)
+        offer = self._serving.uploads.offer
 
-        def claim(offer: Any) -> Any:
-            def offer_more(name: str, floor: Any, now: float, take: Any) -> None:
-                made = take()
-                version = Version(made.version)
-                version.merge(received)
-                offer(name, floor, now, lambda: made._replace(version=version))
+        def offer_more(name: str, floor: Any, now: float, take: Any) -> None:
+            received = {
+                writer: max(seqs)
+                for (document, writer), seqs in self._pending.seqs().items()
+                if document == name
+            }
+            made = take()
+            version = Version(made.version)
+            version.merge(received)
+            offer(name, floor, now, lambda: made._replace(version=version))
 
-            return offer_more
+        self._serving.uploads.offer = offer_more  # type: ignore[method-assign]
 
-        honest = self._uploads.offer
-        self._uploads.offer = claim(honest)  # type: ignore[method-assign]
-        serve(self, asked)
-        self._uploads.offer = honest  # type: ignore[method-assign]
-
-    Sync._serve_asked = serve_too_much
+    Sync.__init__ = begin
 
 
 @mutant
 def snapshot_with_uncommitted_changes() -> None:
-    Sync._has_uncommitted = lambda self, name: False
+    Ledger.has_own_unsettled = lambda self, document: False
 
 
 @mutant
@@ -240,37 +244,62 @@ def fingerprint_ignored() -> None:
 
 @mutant
 def pending_unbounded() -> None:
-    def park(self: Sync, link: Any, found: Document, change: Change) -> None:
-        key = (change.document, change.writer, change.seq)
-        self._pending[key] = (change, link.peer)
-        self._pending_bytes += len(change.data)
-        self._wait(found, change)
-
-    Sync._park = park
+    Pending._has_room = lambda self, change: True
 
 
 @mutant
 def pending_forgotten_after_a_snapshot() -> None:
-    Sync._retry_pending = lambda self, found: self._pending.clear()
+    Sync._retry_pending = lambda self, found: self._pending._parked.clear()
 
 
 @mutant
 def want_below_the_floor_unanswered() -> None:
-    Sync._serve_asked = lambda self, name: None
+    Serving.offer = lambda self, name, now: None
 
 
 @mutant
 def forwards_nothing() -> None:
-    may_lack = Sync._may_lack
+    may_lack = outgoing._may_lack
 
-    def own_only(self: Sync, link: Any, change: Change, source: Any) -> bool:
-        return source is None and may_lack(self, link, change, source)
+    def own_only(link: Any, change: Change, source: Any, mesh: Any) -> bool:
+        return source is None and may_lack(link, change, source, mesh)
 
-    def asks_nobody(self: Sync) -> None:
-        self._missing.clear()
+    def asks_nobody(self: Wants, *_: Any) -> dict[Any, Any]:
+        self._wants.clear()
+        return {}
 
-    Sync._may_lack = own_only
-    Sync._ask = asks_nobody
+    outgoing._may_lack = own_only
+    Wants._choose = asks_nobody
+
+
+# Leases
+
+
+@mutant
+def borrower_writes_too_early() -> None:
+    def has_all(self: Loan, have: Any) -> bool:
+        self._lacking.clear()
+        return True
+
+    Loan.has_all = has_all
+
+
+@mutant
+def loan_ends_before_the_lender_has_everything() -> None:
+    def give_back(self: Loan, writer: int, written: Any, peers: Any) -> Any:
+        for link in peers:
+            if link.writer == self._lender:
+                self.was_given_back = True
+                return link.peer, {**self._seqs, **written}
+        return None
+
+    def take_back(self: Leases, writer: int, written: Any, committed: Any) -> bool:
+        del self._lent[writer]
+        self._free.append(writer)
+        return True
+
+    Loan.give_back = give_back
+    Leases.take_back = take_back
 
 
 # Consistency

@@ -207,9 +207,15 @@ class Oracle:
         self.expects_rollbacks = False
         # For the report.
         self.copies = 0
+        self.messages = 0
         self.sent_bytes = 0
         self.delays: list[float] = []
         self.last_delays: list[float] = []
+
+    @property
+    def changes(self) -> int:
+        """How many changes were made, but for those that were lost before anybody heard of them."""
+        return sum(map(len, self.births.values()))
 
     def expect(self, condition: bool, invariant: str, detail: str) -> None:
         """Raise a Violation unless *condition*."""

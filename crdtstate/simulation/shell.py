@@ -67,6 +67,7 @@ class SimulatedReplica(DocumentSet):
         network: The network.
         oracle: Watches everything that is written and taken in.
         on_event: Told of events.
+        loan: The writer of the relay that lends this one's, and the terms; it keeps nothing.
     """
 
     def __init__(
@@ -77,8 +78,12 @@ class SimulatedReplica(DocumentSet):
         network: Network,
         oracle: Oracle,
         on_event: Callable[[SimulatedReplica, Event], None],
+        loan: tuple[int, wire.Lend] | None = None,
     ) -> None:
         self.host = host
+        self._loan = loan
+        # See `Replica`: its borrowed writer is not to be written under now.
+        self.is_between_loans = loan is not None
         self.index = host.index
         self.rng = random.Random(host.rng.getrandbits(64))
         super().__init__(host.name, draw_writer(self.rng), self._wall_ms)
@@ -115,6 +120,8 @@ class SimulatedReplica(DocumentSet):
         session = disk.session
         if session.writer is not None and may_keep_writer(session):
             self._writer = session.writer
+        if self._loan is not None:
+            self._writer = self._loan[1].writer
         for item in disk.load():
             self._load(item)
         now = self._schedule.now
@@ -125,6 +132,8 @@ class SimulatedReplica(DocumentSet):
             self._base[name] = version.get(self._writer, 0)
             self.core.restore(name, version, disk.floor(name), disk.size(name))
             self._clock.observe(self._documents[name].stamp, 2**47)
+        if self._loan is not None:
+            self.core.borrow(self._loan[0], self._loan[1].seqs)
         disk.start(self.agent, self._writer, self._wake)
         self._oracle.started(self)
         self._wake()
@@ -153,12 +162,17 @@ class SimulatedReplica(DocumentSet):
             self.agent,
             self.host.role,
             self.host.address,
-            is_durable=True,
+            is_durable=self._loan is None,
         )
 
     def _check_usable(self) -> None:
         if not self.is_alive:
             raise ReplicaClosed(f"{self.agent}: crashed; after restart() take it anew")
+
+    def _on_write(self, document: Document) -> None:
+        if self.is_between_loans:
+            raise ReplicaClosed(f"{self.agent}: its leased writer is not to be written under now")
+        super()._on_write(document)
 
     def _make(self, name: str, shared: bool) -> Document:
         document = self._oracle.make_document(
@@ -272,6 +286,18 @@ class SimulatedReplica(DocumentSet):
                     self._reidentify(reason)
                     return
         self._append(batch)
+
+    def begin_loan(self) -> bool:
+        """Whether it may write from now on: all that was written under its writer is here."""
+        if self.is_between_loans and self.core.has_borrowed_all():
+            self.is_between_loans = False
+        return not self.is_between_loans
+
+    def give_back(self) -> bool:
+        """Hand the borrowed writer back, if its lender has everything."""
+        self.is_between_loans = self.core.give_back()
+        self.pump()
+        return self.is_between_loans
 
     def start(self, machine: Machine, on_done: Callable[[], None]) -> None:
         """Let a machine of `consistency` run; *on_done* is called when it is done."""

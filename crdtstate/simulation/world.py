@@ -53,6 +53,8 @@ class Simulation:
         skew: Wall clocks are wrong by at most so many seconds.
         relays: 0 lets all agents be dialled by all others; with more, they cannot be dialled and
             meet through so many relays ("relay-0", ...).
+        guests: On so many more hosts ("guest-0", ...), which are in no list of `names`, agents
+            come and go that borrow a writer from a relay: see `lend` and `visit`.
         seeds: How many of the others each is told of at the beginning; the rest it hears of from
             them. None: all, in a small mesh.
         config: Settings of all replicas.
@@ -70,6 +72,7 @@ class Simulation:
         reordering: float = 0.0,
         skew: float = 0.0,
         relays: int = 0,
+        guests: int = 0,
         seeds: int | None = None,
         config: Config | None = None,
         durability: Literal["process", "power"] = "process",
@@ -106,6 +109,7 @@ class Simulation:
             host.seeds = sorted(f"memory://{name}" for name in self._draw_seeds(host, seeds))
         for host in self._hosts:
             self._start(host)
+        self._guests = list(self._make_guests(guests))
 
     def _make_hosts(
         self, agents: int, relays: int, skew: float, durability: Durability
@@ -124,6 +128,20 @@ class Simulation:
                 f"memory://{name}" if not is_agent or not relays else None,
                 rng.uniform(-skew, skew),
             )
+
+    def _make_guests(self, guests: int) -> Iterator[Host]:
+        # With chance of their own: without them, everything is as it would be.
+        rng = random.Random(f"guests {self.seed}")
+        for number in range(guests):
+            own = random.Random(rng.getrandbits(64))
+            disk = Disk("process", random.Random(own.getrandbits(64)))
+            host = Host(len(self._hosts), f"guest-{number}", "agent", disk, own, None, 0.0)
+            host.seeds = [
+                each.address for each in self._hosts if each.role == "relay" and each.address
+            ]
+            self._hosts.append(host)
+            self._by_name[host.name] = host
+            yield host
 
     def _draw_seeds(self, host: Host, most: int | None) -> list[str]:
         """Whom a host is told of: so that nobody is left out, always some of those before it."""
@@ -153,8 +171,13 @@ class Simulation:
 
     @property
     def names(self) -> list[str]:
-        """The names of all hosts: agents, then relays."""
-        return [host.name for host in self._hosts]
+        """The names of all hosts: agents, then relays; not the guests'."""
+        return [host.name for host in self._hosts if host not in self._guests]
+
+    @property
+    def guests(self) -> list[str]:
+        """The names of the guests' hosts."""
+        return [host.name for host in self._guests]
 
     @property
     def now(self) -> float:
@@ -399,6 +422,46 @@ class Simulation:
         self._network.reset_stale(host.index)
         return replica
 
+    def lend(self, name: str) -> tuple[int, wire.Lend]:
+        """Let a relay lend a writer to a visitor; return the relay's writer, and the terms."""
+        relay, now = self[name], self.now
+        low, high = wire.PROTOCOL_MIN, wire.PROTOCOL_MAX
+        hello = wire.Hello(low, high, 1, 1, "visitor", "agent", documents=())
+        peer = relay.next_peer()
+        relay.core.peer_up(peer, now, url=None)
+        for frame in (hello, wire.Borrow()):
+            relay.core.receive(peer, frame, now)
+        (terms,) = (
+            frame
+            for frame in wire.decode_message(wire.encode_message(relay.core.take(peer)))
+            if isinstance(frame, wire.Lend)
+        )
+        relay.core.peer_down(peer, now)
+        relay.pump()
+        return relay.writer, terms
+
+    def visit(self, name: str, lender: int, terms: wire.Lend) -> SimulatedReplica:
+        """Start an agent without a store on a guest's host, under a writer that was lent."""
+        host = self._host(name)
+        if host.replica is not None:
+            raise UsageError(f"{name} is running")
+        host.disk = Disk("process", random.Random(host.rng.getrandbits(64)))
+        replica = self._start(host, (lender, terms))
+        self._network.reset_stale(host.index)
+        return replica
+
+    def end_visit(self, name: str, *, in_order: bool) -> None:
+        """End the agent on a guest's host, in order or by a kill; what only it has is lost."""
+        host, replica = self._host(name), self[name]
+        self._moment(host, "closed" if in_order else "crashed", None)
+        if in_order:
+            replica.close()
+        else:
+            replica.stop()
+        host.replica = None
+        self.oracle.crashed(host.index, {})
+        self._network.fell_silent(replica, notice=True)
+
     def stall(self, name: str, seconds: float) -> None:
         """Let a replica's event loop do nothing for a while."""
         replica = self[name]
@@ -441,11 +504,11 @@ class Simulation:
         for connection in self._network.between(here, there):
             self._network.break_off(connection)
 
-    def _start(self, host: Host) -> SimulatedReplica:
+    def _start(self, host: Host, loan: tuple[int, wire.Lend] | None = None) -> SimulatedReplica:
         if self.now or host.disk.documents():
             self._moment(host, "restarted", None)
         host.replica = SimulatedReplica(
-            host, self.config, self._schedule, self._network, self.oracle, self._on_event
+            host, self.config, self._schedule, self._network, self.oracle, self._on_event, loan
         )
         return host.replica
 
@@ -460,6 +523,7 @@ class Simulation:
     ) -> None:
         self._trace.update(pack("<dII", self.now, sender.index, receiver.index))
         self._trace.update(message)
+        self.oracle.messages += 1
         self.oracle.sent_bytes += len(message)
         self.oracle.sending(sender, frames)
 
