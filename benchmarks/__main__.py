@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from benchmarks.applies import applies
 from benchmarks.fleet import fleet
 from benchmarks.growth import growth
-from benchmarks.many import many, stalled
+from benchmarks.many import many, relayed, stalled
 from benchmarks.measure import FULL, QUICK, Effort, Result
 from benchmarks.mesh import mesh, thousand
 from benchmarks.propagation import propagation
@@ -26,6 +26,7 @@ BENCHMARKS: dict[str, Callable[[Effort], Sequence[Result]]] = {
     "propagation": propagation,
     "fleet": fleet,
     "many": many,
+    "relayed": relayed,
     "stalled": stalled,
     "growth": growth,
     "recovery": recovery,

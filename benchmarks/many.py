@@ -8,6 +8,9 @@ memory stays where it is. Agents live in four processes, as many to a loop; some
 Where a trial shows that the machine cannot do so many deliveries, fewer changes are made: a queue
 that only grows says nothing of the relay. The first line says how many.
 
+`relayed` asks what the relay alone can do, at the full rate: most of the agents are *listeners*
+then, connections that take everything and keep nothing.
+
 `stalled` stops the process of one more agent, so that one connection takes nothing any more. That
 must cost the relay little memory and the others no time: they have the same load before and after.
 
@@ -39,11 +42,14 @@ from websockets.asyncio.server import ServerConnection, broadcast, serve
 
 from benchmarks.children import Child, told
 from benchmarks.measure import Effort, Result, at_least, at_most, ratio_at_most, resident
-from crdtstate import Changed, Cut, Replica, Version
+from crdtstate import Changed, Cut, Replica, Version, wire
 
 LOCAL = "ws://127.0.0.1:0"
 AGENTS, SECONDS, RATE = 200, 60.0, 300.0
 PROCESSES = 4
+REPLICAS = 2
+"""Agents of each process in `relayed`; the others only listen."""
+
 WITNESSES = 2
 """Agents of each process that note when they hear of changes."""
 
@@ -52,7 +58,7 @@ KEYS = 5
 
 TRIAL_RATE = 10.0
 TRIAL_PART = 12
-BUSY = 0.25
+BUSY = 0.5
 """The part of all cores that the load may take, as far as a trial can tell."""
 
 MESSAGE_BYTES = 170
@@ -106,6 +112,38 @@ def many(effort: Effort) -> list[Result]:
         *found,
         Result(f"{memory}, middle", "MB", middle_mb, start_mb, None, "at the start"),
         Result(f"{memory}, end", "MB", end.memory_after / 2**20, middle_mb, flat, "in the middle"),
+    ]
+
+
+def relayed(effort: Effort) -> list[Result]:
+    """What a relay spends on all deliveries, and how late they are, while most of those around it
+    only listen."""
+    size = _Size.of(effort)
+    with _Crowd(size.agents, _relay, _listeners) as crowd:
+        middle, end = crowd.run(RATE, size.seconds / 2), crowd.run(RATE, size.seconds / 2)
+    run = _both(middle, end)
+    deliveries = run.changes * (size.agents - 1)
+    seconds = size.seconds
+    p50, p99 = _percentiles(run.delays)
+    name = f"{size.agents} connections, {RATE:,.0f} changes/s"
+    start_mb, middle_mb = middle.memory_before / 2**20, middle.memory_after / 2**20
+    flat = ratio_at_most(FLAT)
+    return [
+        Result(f"{name}: made", "/s", run.changes / seconds, None, at_least(0.99 * RATE)),
+        Result(f"{name}: p50", "ms", p50),
+        Result(f"{name}: p99", "ms", p99),
+        Result(f"{name}: relay's CPU", "% of one", 100 * run.relay_cpu / seconds),
+        Result(f"{name}: of a change", "us", run.relay_cpu / run.changes * 1e6),
+        Result(f"{name}: of a delivery", "us", run.relay_cpu / deliveries * 1e6),
+        Result(f"{name}: relay's memory, middle", "MB", middle_mb, start_mb, None, "at the start"),
+        Result(
+            f"{name}: relay's memory, end",
+            "MB",
+            end.memory_after / 2**20,
+            middle_mb,
+            flat,
+            "in the middle",
+        ),
     ]
 
 
@@ -372,6 +410,47 @@ def _crew(pipe: Pipe, relay: str, numbers: range) -> None:
                 await crew.obey(order, pipe)
 
     asyncio.run(run())
+
+
+def _listeners(pipe: Pipe, relay: str, numbers: range) -> None:
+    """A few agents, and listeners for the others."""
+
+    async def run() -> None:
+        async with AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
+            listening = [tasks.create_task(_listen(relay, number)) for number in numbers[REPLICAS:]]
+            crew = _Crew([Replica(f"agent-{n}", peers=[relay]) for n in numbers[:REPLICAS]])
+            for replica in crew.replicas:
+                await stack.enter_async_context(replica)
+            for replica in crew.replicas:
+                await replica.synced(timeout=TIMEOUT)
+            pipe.send("ready")
+            while (order := await told(pipe)) is not None:
+                await crew.obey(order, pipe)
+            for task in listening:
+                task.cancel()
+
+    asyncio.run(run())
+
+
+async def _listen(relay: str, number: int) -> None:
+    """Say hello, and that the relay is the way to the root of the tree; take what comes."""
+    async with connect(relay, compression=None, ping_interval=None, proxy=None) as connection:
+        low, high = wire.PROTOCOL_MIN, wire.PROTOCOL_MAX
+        hello = wire.Hello(low, high, number + 1, number + 1, f"listener-{number}")
+        beat = wire.Heartbeat(0, (), is_parent=True)
+        await connection.send(wire.encode_message([wire.encode_frame(hello)]))
+
+        async def show_life() -> None:
+            while True:
+                await connection.send(wire.encode_message([wire.encode_frame(beat)]))
+                await asyncio.sleep(1.0)
+
+        showing = asyncio.create_task(show_life())
+        try:
+            async for _ in connection:
+                pass
+        finally:
+            showing.cancel()
 
 
 class _Crew:
