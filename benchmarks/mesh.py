@@ -58,19 +58,21 @@ REDUNDANCY_MAX = 0.01
 
 def mesh(effort: Effort) -> list[Result]:
     """Ten and a hundred."""
-    return [result for agents in (10, 100) for result in _Fleet(agents).measure()]
+    large = effort.count(100)
+    return [*_Fleet(10, REFERENCE[10]).measure(), *_Fleet(large, REFERENCE[100]).measure()]
 
 
 def thousand(effort: Effort) -> list[Result]:
-    """A thousand: some ten minutes of CPU."""
-    return _Fleet(1000).measure()
+    """A thousand: a quarter of an hour of CPU time."""
+    return _Fleet(effort.count(1000), REFERENCE[1000]).measure()
 
 
 class _Fleet:
     """A simulated fleet, from its first moment."""
 
-    def __init__(self, agents: int) -> None:
+    def __init__(self, agents: int, reference: _Reference) -> None:
         self._agents = agents
+        self._reference = reference
         self._rng = random.Random(SEED)
         self._sim = Simulation(SEED, agents)
         self._names = self._sim.names
@@ -88,13 +90,23 @@ class _Fleet:
         return Result(name, unit, ours, floor, ratio_at_most(TOLERANCE), "the design's figure")
 
     def _idle(self) -> list[Result]:
-        oracle, reference = self._sim.oracle, REFERENCE[self._agents]
+        oracle, reference = self._sim.oracle, self._reference
         messages, sent = oracle.messages, oracle.sent_bytes
         self._sim.run(IDLE)
         each = self._agents * IDLE
         return [
-            self._line("idle", "msg/node", (oracle.messages - messages) / each, reference.messages),
-            self._line("idle", "B/node", (oracle.sent_bytes - sent) / each, reference.idle_bytes),
+            self._line(
+                "idle, messages a second",
+                "/node",
+                (oracle.messages - messages) / each,
+                reference.messages,
+            ),
+            self._line(
+                "idle, bytes a second",
+                "/node",
+                (oracle.sent_bytes - sent) / each,
+                reference.idle_bytes,
+            ),
         ]
 
     def _let_write(self, seconds: float) -> int:
@@ -117,7 +129,7 @@ class _Fleet:
         self._sim[name].map("plan")[f"key {self._written % KEYS}"] = self._written
 
     def _write(self) -> list[Result]:
-        oracle, reference = self._sim.oracle, REFERENCE[self._agents]
+        oracle, reference = self._sim.oracle, self._reference
         copies, sent = oracle.copies, oracle.sent_bytes
         count = self._let_write(WRITING)
         needed = count * (self._agents - 1)
@@ -149,13 +161,15 @@ class _Fleet:
         first = oracle.last_delays.copy()
         sim.run(RECOVERING)
         self._let_write(WRITING)
-        reference = REFERENCE[self._agents]
         name = "a tenth dies, last one"
         return [
             self._line(f"{name} p50, the first seconds", "ms", _percentile(first, 50)),
             self._line(f"{name} p99, the first seconds", "ms", _percentile(first, 99)),
             self._line(
-                f"{name} p50, later", "ms", _percentile(oracle.last_delays, 50), reference.last
+                f"{name} p50, later",
+                "ms",
+                _percentile(oracle.last_delays, 50),
+                self._reference.last,
             ),
         ]
 
