@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,8 +175,7 @@ class Fleet:
     async def kill(self, agent: Member) -> None:
         """SIGKILL: no goodbye, and nothing saved that is not saved yet."""
         agent.is_stopping = True
-        assert agent.process is not None
-        agent.process.kill()
+        _signal(agent, signal.SIGKILL)
         await self._ended(agent)
         agent.peers = 0
 
@@ -188,8 +190,7 @@ class Fleet:
         self.relay.is_stopping = True
         if self._poller is not None:
             self._poller.cancel()
-        assert self.relay.process is not None
-        self.relay.process.terminate()
+        _signal(self.relay, signal.SIGTERM)
         await self._end(self.relay)
 
     async def _end(self, member: Member) -> None:
@@ -216,9 +217,7 @@ class Fleet:
             self._poller.cancel()
         for member in started:
             member.is_stopping = True
-            assert member.process is not None
-            if member.process.returncode is None:
-                member.process.kill()
+            _signal(member, signal.SIGKILL)
         for member in started:
             await self._ended(member)
 
@@ -308,3 +307,12 @@ def last_line(log: Path) -> str:
     """What a process said last on standard error, which tells most about its end."""
     lines = log.read_text(errors="replace").split("\n")
     return next((line for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+def _signal(member: Member, number: int) -> None:
+    """Send a signal to a process that may have ended. Not by its object: that looks first whether
+    it has, and takes the exit code from under asyncio's watcher, which complains of it."""
+    assert member.process is not None
+    if member.process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.kill(member.process.pid, number)
