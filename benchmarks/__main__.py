@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from benchmarks.applies import applies
+from benchmarks.checkpoints import checkpoints
 from benchmarks.fleet import fleet
 from benchmarks.growth import growth
 from benchmarks.many import many, relayed, stalled
@@ -30,6 +31,7 @@ BENCHMARKS: dict[str, Callable[[Effort], Sequence[Result]]] = {
     "stalled": stalled,
     "growth": growth,
     "recovery": recovery,
+    "checkpoints": checkpoints,
     "mesh": mesh,
     "thousand": thousand,
 }

@@ -124,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--advertise", **url, help="what members are told to reach it by")
     add("--store", **file, help="the SQLite file that keeps everything; default: memory")
     add("--peer", **url, dest="peers", action="append", help="another relay; repeatable")
+    add("--checkpoints", metavar="URL", action="append", help="a tier to keep them; repeatable")
     add("--durability", choices=["process", "power"], help="default: process")
     add("--name", help="what peers see; default: relay")
     add("--tls-certificate", **file, help="PEM, for wss://")

@@ -14,7 +14,12 @@ from crdtstate import wire
 from crdtstate.config import Config
 from crdtstate.errors import UsageError
 from crdtstate.events import Event
+from crdtstate.retention import Retention
+from crdtstate.tiers import Tier
+from crdtstate.tiers import check_url as check_tier_url
 from crdtstate.transports import check_scheme
+
+TIERS_MAX = 8
 
 
 def check_agent(agent: object) -> None:
@@ -46,6 +51,29 @@ def check_url(url: object) -> None:
     if not isinstance(url, str):
         raise UsageError(f"a URL is a str such as ws://127.0.0.1:8765, not {url!r}")
     check_scheme(url)
+
+
+def check_checkpoints(tiers: object) -> list[str | Tier]:
+    """The tiers of checkpoints; raises UsageError if this names none, one twice, or too many."""
+    if isinstance(tiers, str) or not isinstance(tiers, Iterable):
+        raise UsageError("checkpoints is a list of URLs, not one URL")
+    found = list(tiers)
+    if not 0 < len(found) <= TIERS_MAX or len(set(map(_tier_url, found))) < len(found):
+        raise UsageError(f"checkpoints names 1 to {TIERS_MAX} tiers, each once, not {found!r}")
+    return found
+
+
+def check_retention(retention: object) -> None:
+    """Raise UsageError if this is not what says which checkpoints are kept."""
+    if retention is not None and not isinstance(retention, Retention):
+        raise UsageError(f"retention is a crdtstate.Retention, not {retention!r}")
+
+
+def _tier_url(tier: object) -> str:
+    if isinstance(tier, Tier):
+        return tier.url
+    check_tier_url(tier)
+    return str(tier)
 
 
 def check_lan(word: object) -> None:

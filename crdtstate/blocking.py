@@ -28,6 +28,7 @@ from collections.abc import (
     Callable,
     Coroutine,
     ItemsView,
+    Iterable,
     Iterator,
     MutableMapping,
     MutableSet,
@@ -35,20 +36,31 @@ from collections.abc import (
 )
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
+from datetime import datetime
+from itertools import chain, islice
 from typing import Any, Self, TypeVar
 
 from crdtstate import replica
+from crdtstate.audit import Record
+from crdtstate.checkpoints import Checkpoint, Pruning, Verification
 from crdtstate.clock import Cut
 from crdtstate.conflict import Conflict
 from crdtstate.consistency import Confirm, Receipt
 from crdtstate.documents import MAIN
 from crdtstate.errors import ReplicaClosed, UsageError
-from crdtstate.events import Event
+from crdtstate.events import ConflictFound, Event
+from crdtstate.history import PastChange
+from crdtstate.lookback import Point
 from crdtstate.membership import Member
+from crdtstate.past import Difference, Past
 from crdtstate.replica import Peer
+from crdtstate.rewrite import Reverted
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Event)
+
+HISTORY_PORTION = 256
+"""Changes of a history that are read at a time, while the replica does nothing else."""
 
 
 class Replica:
@@ -157,6 +169,23 @@ class Replica:
         """The open conflicts of all documents."""
         return self.call(lambda inner: inner.conflicts())
 
+    def vote(self, conflict: Conflict | ConflictFound, value: Any) -> None:
+        """Vote for *value*, one of the candidates. See `crdtstate.Replica.vote`."""
+        self.call(lambda inner: inner.vote(conflict, value))
+
+    def resolve(self, conflict: Conflict | ConflictFound, value: Any) -> None:
+        """Write *value* over the candidates of *conflict*. See `crdtstate.Replica.resolve`."""
+        self.call(lambda inner: inner.resolve(conflict, value))
+
+    def is_responsible(self, conflict: Conflict | ConflictFound) -> bool:
+        """Whether this agent is the one to resolve *conflict*, if all agents try alike."""
+        return self.call(lambda inner: inner.is_responsible(conflict))
+
+    def audit(self, since: datetime | Record | None = None, **query: Any) -> list[Record]:
+        """What was resolved, decided, voted, refused and commanded. See
+        `crdtstate.Replica.audit`."""
+        return self.call(lambda inner: inner.audit(since, **query))
+
     def version(self) -> Cut:
         """What this replica has taken in so far, its own writes included: a causal token."""
         return self.call(lambda inner: inner.version())
@@ -221,6 +250,64 @@ class Replica:
         """Wait until as many replicas as *confirm* says have what was written here so far. See
         `crdtstate.Replica.confirm`."""
         return self._wait(lambda: self._replica.confirm(confirm, timeout))
+
+    # The past
+
+    def at(self, point: Point, *, documents: Iterable[str] | None = None) -> Past:
+        """The documents as they were, to be read on any thread. See `crdtstate.Replica.at`."""
+        return self._wait(lambda: self._replica.at(point, documents=documents))
+
+    def diff(
+        self,
+        since: Point,
+        until: Point | None = None,
+        *,
+        documents: Iterable[str] | None = None,
+        paths: Iterable[str] | None = None,
+    ) -> list[Difference]:
+        """What reads differently at *until*, or now, than at *since*. See
+        `crdtstate.Replica.diff`."""
+        wanted = {"documents": documents, "paths": paths}
+        return self._wait(lambda: self._replica.diff(since, until, **wanted))
+
+    def history(self, document: str, **options: Any) -> Iterator[PastChange]:
+        """The changes of a document, oldest first. The *options* are those of
+        `crdtstate.Replica.history`."""
+        told = self.call(lambda inner: iter(inner.history(document, **options)))
+        portions = iter(lambda: self.call(lambda _: list(islice(told, HISTORY_PORTION))), [])
+        return chain.from_iterable(portions)
+
+    def restore(self, point: Point, **options: Any) -> list[Difference]:
+        """Bring back what was. The *options* are those of `crdtstate.Replica.restore`."""
+        return self._wait(lambda: self._replica.restore(point, **options))
+
+    def revert(self, **options: Any) -> Reverted:
+        """Undo what one run wrote. The *options* are those of `crdtstate.Replica.revert`."""
+        return self._wait(lambda: self._replica.revert(**options))
+
+    # Checkpoints
+
+    def checkpoint(self, label: str = "") -> Checkpoint:
+        """Make a checkpoint of everything written so far. See `crdtstate.Replica.checkpoint`."""
+        return self._wait(lambda: self._replica.checkpoint(label))
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints of this agent, oldest first."""
+        return self.call(lambda inner: inner.checkpoints())
+
+    def verify(self, id: str, *, tier: str | None = None) -> Verification:
+        """Read all of a checkpoint and compare it with its hashes. See
+        `crdtstate.Replica.verify`."""
+        return self._wait(lambda: self._replica.verify(id, tier=tier))
+
+    def prune_checkpoints(self, *, dry_run: bool = False) -> Pruning:
+        """Let go of the checkpoints that are not to be kept; with *dry_run* only say which. See
+        `crdtstate.Replica.prune_checkpoints`."""
+        return self._wait(lambda: self._replica.prune_checkpoints(dry_run=dry_run))
+
+    def why_kept(self, id: str) -> str:
+        """Why a checkpoint is kept, in words."""
+        return self.call(lambda inner: inner.why_kept(id))
 
     # Watching and looking
 

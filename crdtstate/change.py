@@ -175,7 +175,16 @@ class Snapshot(NamedTuple):
 
     def encode(self) -> bytes:
         """The bytes that are stored and sent: zstd, with a checksum of their own."""
-        body = _pack(
+        packed = zstandard.ZstdCompressor(level=3).compress(self._body())
+        return hashlib.blake2b(packed, digest_size=16).digest() + packed
+
+    def encode_plain(self) -> bytes:
+        """The same without compression, for who compresses otherwise; `decode` reads both."""
+        body = self._body()
+        return hashlib.blake2b(body, digest_size=16).digest() + body
+
+    def _body(self) -> bytes:
+        body: bytes = _pack(
             [
                 FORMAT,
                 self.document,
@@ -187,8 +196,7 @@ class Snapshot(NamedTuple):
                 self.state,
             ]
         )
-        packed = zstandard.ZstdCompressor(level=3).compress(body)
-        return hashlib.blake2b(packed, digest_size=16).digest() + packed
+        return body
 
     @classmethod
     def decode(cls, data: bytes) -> Snapshot:
@@ -196,12 +204,7 @@ class Snapshot(NamedTuple):
         if hashlib.blake2b(data[16:], digest_size=16).digest() != data[:16]:
             raise InvalidUpdate("a snapshot's checksum does not match")
         try:
-            # The size that the frame states is what zstd allocates, whatever else it is told.
-            size = zstandard.frame_content_size(data[16:])
-            if not 0 < size <= STATE_BYTES_MAX:
-                raise InvalidUpdate(f"a snapshot of {size} bytes is out of bounds")
-            body = zstandard.ZstdDecompressor().decompress(data[16:], max_output_size=size)
-            fields = msgpack.unpackb(body, use_list=False)
+            fields = msgpack.unpackb(_unpacked(data[16:]), use_list=False)
         except (zstandard.ZstdError, ValueError, MemoryError) as exc:
             raise InvalidUpdate(f"a snapshot cannot be read: {exc}") from exc
         if type(fields) is not tuple or len(fields) != 8 or fields[0] != FORMAT:
@@ -223,6 +226,18 @@ class Snapshot(NamedTuple):
         if not tips <= taken:
             raise InvalidUpdate("a snapshot's heads are not part of it")
         return cls(document, shared, taken, tips, stamp, names, state)
+
+
+def _unpacked(body: bytes) -> bytes:
+    is_plain = not body.startswith(zstandard.FRAME_HEADER)
+    # The size that the frame states is what zstd allocates, whatever else it is told.
+    size = len(body) if is_plain else zstandard.frame_content_size(body)
+    if not 0 < size <= STATE_BYTES_MAX:
+        raise InvalidUpdate(f"a snapshot of {size} bytes is out of bounds")
+    if is_plain:
+        return body
+    plain: bytes = zstandard.ZstdDecompressor().decompress(body, max_output_size=size)
+    return plain
 
 
 def _decode_version(flat: object) -> Version:

@@ -29,7 +29,7 @@ from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TextIO, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import typer
 from rich.cells import cell_len
@@ -38,15 +38,37 @@ from rich.progress import track
 
 from crdtstate import __version__, relay
 from crdtstate.__main__ import announcing, gather
-from crdtstate.conflict import known_strategies, lww, strategy
+from crdtstate.audit import KINDS as AUDITED
+from crdtstate.audit import Query, Record
+from crdtstate.catalogue import Catalogue, Checkpoint
+from crdtstate.conflict import (
+    Candidate,
+    Conflict,
+    Explanation,
+    known_strategies,
+    lww,
+    same,
+    strategy,
+)
 from crdtstate.crdts import Map, Register
 from crdtstate.documents import DocumentSet
-from crdtstate.errors import CRDTStateError, TransportError, UsageError, WaitTimeout
+from crdtstate.errors import (
+    CorruptCheckpoint,
+    CRDTStateError,
+    TransportError,
+    UnknownCheckpoint,
+    UsageError,
+    WaitTimeout,
+)
 from crdtstate.events import Changed, PeerConnected, PeerDisconnected
+from crdtstate.manifest import agent_of
 from crdtstate.relay.settings import DEFAULT_LISTEN, is_url
 from crdtstate.replica import Replica
-from crdtstate.stores.file import read_documents, reading
+from crdtstate.retention import Retention
+from crdtstate.shelf import Shelf
+from crdtstate.stores.file import read_agent, read_audit, read_documents, reading
 from crdtstate.stores.file import verify as verify_store
+from crdtstate.tiers import open_tier
 
 T = TypeVar("T")
 View = TypeVar("View", Map, Register)
@@ -555,11 +577,136 @@ def _describe(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 @app.command(rich_help_panel="Look")
+def conflicts(peer: Peer, timeout: Timeout = 5.0, as_json: AsJson = False) -> None:
+    """List where values conflict, what is read there and what decides.
+
+    Example: [cyan]crdtstate conflicts --peer ws://127.0.0.1:8765[/cyan]
+    """
+    found = _run(_conflicts(peer, timeout))
+    if as_json:
+        _print_json([_describe_conflict(each) for each in found])
+        return
+    for each in found:
+        place = _place_of(each)
+        read = "?" if each.rule == "unknown" else as_text(each.value)
+        print(f"{printable(str(place))} = {read}  ({printable(each.rule)})")
+        votes = {vote.agent: vote for vote in each.votes}
+        for candidate in reversed(each.candidates):
+            stamp = candidate.stamp.time.isoformat(timespec="milliseconds")
+            line = f"  {as_text(candidate.value)} by {printable(candidate.agent)} at {stamp}"
+            names = [a for a, v in votes.items() if v.counts and same(v.value, candidate.value)]
+            print(line + (f", votes: {printable(', '.join(names))}" if names else ""))
+    _note(_count(len(found), "conflict"))
+
+
+async def _conflicts(url: str, timeout: float) -> list[Conflict]:
+    async with _dialled(url, timeout) as replica:
+        return replica.conflicts()
+
+
+def _place_of(conflict: Conflict) -> Place:
+    key = conflict.key if conflict.kind == "map" else None
+    return Place(conflict.document, conflict.kind, conflict.name, key)
+
+
+def _describe_conflict(conflict: Conflict) -> dict[str, Any]:
+    return {
+        "place": str(_place_of(conflict)),
+        "value": conflict.value,
+        "rule": conflict.rule,
+        "strategy": conflict.strategy,
+        "candidates": [_describe_candidate(each) for each in conflict.candidates],
+        "votes": [
+            {"agent": vote.agent, "value": vote.value, "counts": vote.counts}
+            for vote in conflict.votes
+        ],
+    }
+
+
+def _describe_candidate(candidate: Candidate) -> dict[str, Any]:
+    when = candidate.stamp.time
+    return {"value": candidate.value, "agent": candidate.agent, "written": when}
+
+
+@app.command(rich_help_panel="Look")
+def explain(place: WholePlace, peer: Peer, timeout: Timeout = 5.0, as_json: AsJson = False) -> None:
+    """Say why a place reads as it does: who wrote what, and what decides.
+
+    Example: [cyan]crdtstate explain main/map/plan/goal --peer ws://127.0.0.1:8765[/cyan]
+    """
+    where = parse_place(place)
+    if where.kind not in ("map", "register") or (where.kind == "map" and where.key is None):
+        raise typer.BadParameter(f"{place!r}: a map's key or a register can be explained")
+    told = _run(_explain(peer, timeout, where))
+    if as_json:
+        _print_json(
+            {
+                "place": str(where),
+                "value": told.value,
+                "rule": told.rule,
+                "candidates": [_describe_candidate(each) for each in told.candidates],
+                "votes": [{"agent": vote.agent, "value": vote.value} for vote in told.votes],
+            }
+        )
+    else:
+        print(printable(str(told), "\n"))
+
+
+async def _explain(url: str, timeout: float, place: Place) -> Explanation:
+    async with _dialled(url, timeout) as replica:
+        document = replica.document(place.document)
+        if place.kind == "register":
+            return _readable(document.register(place.name)).explain()
+        return _readable(document.map(place.name)).explain(place.key or "")
+
+
+@app.command(rich_help_panel="Look")
+def audit(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A replica's SQLite file.")],
+    document: Annotated[str | None, typer.Option(metavar="NAME", help="Only of this one.")] = None,
+    agent: Annotated[str | None, typer.Option(metavar="NAME", help="Only what it did.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(metavar="KIND", help=f"Only this: {', '.join(AUDITED)}.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, the newest.")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a replica recorded: resolutions, votes, rejections, commands.
+
+    Its owner may be running. Whether the records were tampered with is told
+    by [bold]crdtstate verify[/bold].
+
+    Example: [cyan]crdtstate audit agent-7.db --kind resolution[/cyan]
+    """
+    if kind is not None and kind not in AUDITED:
+        raise typer.BadParameter(f"{kind!r}: the kind is one of {', '.join(AUDITED)}")
+    query = Query(document=document, agent=agent, kind=kind, limit=limit)
+    with reading(store) as db:
+        records = [Record.read(row) for row in read_audit(db, query)]
+    for record in records:
+        if as_json:
+            _print_json(_describe_record(record))
+        else:
+            print(printable(f"{record.number}: {record}"))
+
+
+def _describe_record(record: Record) -> dict[str, Any]:
+    fields = ("number", "kind", "agent", "document", "path", "chosen", "rule", "detail", "at")
+    return {
+        **{field: getattr(record, field) for field in fields},
+        "when": record.stamp.time,
+        "candidates": [_describe_candidate(each) for each in record.candidates],
+        "version": {f"{writer:x}": seq for writer, seq in record.version.items()},
+        "sha256": record.hash.hex(),
+    }
+
+
+@app.command(rich_help_panel="Look")
 def verify(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A replica's SQLite file.")],
     as_json: AsJson = False,
 ) -> None:
-    """Check every page, change and snapshot of a store.
+    """Check every page, change, snapshot and audit record of a store.
 
     Its owner may be running.
 
@@ -567,7 +714,8 @@ def verify(
     """
     found = verify_store(store)
     if as_json:
-        counts = {n: getattr(found, n) for n in ("documents", "snapshots", "changes", "bytes")}
+        names = ("documents", "snapshots", "changes", "bytes", "records")
+        counts = {name: getattr(found, name) for name in names}
         _print_json({"store": str(store), **counts, "problems": found.problems})
     else:
         for problem in found.problems:
@@ -576,9 +724,157 @@ def verify(
         raise CRDTStateError(f"{store} is damaged: {_count(len(found.problems), 'problem')}")
     if not as_json:
         sizes = [(found.documents, "document"), (found.snapshots, "snapshot")]
-        sizes += [(found.changes, "change"), (found.bytes, "byte")]
+        sizes += [(found.changes, "change"), (found.bytes, "byte"), (found.records, "record")]
         what = ", ".join(_count(number, noun) for number, noun in sizes)
         print(f"{printable(str(store))}: sound ({what})")
+
+
+# Checkpoints
+
+saved = typer.Typer(help="Look at checkpoints, check them, and make one.", no_args_is_help=True)
+app.add_typer(saved, name="checkpoints", rich_help_panel="Look")
+
+Kept = Annotated[
+    str,
+    typer.Argument(
+        metavar="TIER", help="Where they are: a tier's URL, its file, or the store beside it."
+    ),
+]
+Whose = Annotated[
+    str | None, typer.Option("--agent", metavar="NAME", help="Only those of this agent.")
+]
+
+
+@saved.command("list")
+def list_checkpoints(tier: Kept, agent: Whose = None, as_json: AsJson = False) -> None:
+    """List the checkpoints in a tier, by agent, oldest first.
+
+    Example: [cyan]crdtstate checkpoints list agent-7.db[/cyan]
+    """
+    found = _run(_list_checkpoints(_tier_url(tier), agent))
+    if as_json:
+        _print_json([_describe_checkpoint(*each) for each in found])
+        return
+    rows = [
+        (owner, each.id, each.stamp.time.isoformat(timespec="seconds"), each.size, each.label)
+        for owner, each in found
+    ]
+    _print_columns([("AGENT", "ID", "MADE", "BYTES", "LABEL"), *rows])
+
+
+@saved.command("verify")
+def verify_checkpoints(
+    tier: Kept,
+    id: Annotated[str | None, typer.Argument(metavar="[ID]", help="Which; all without it.")] = None,
+    agent: Whose = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read checkpoints whole, and compare every byte with the hash it should have.
+
+    Example: [cyan]crdtstate checkpoints verify agent-7.db[/cyan]
+    """
+    found = _run(_verify_checkpoints(_tier_url(tier), agent, id))
+    if as_json:
+        _print_json([{"agent": who, "id": each, "problem": why} for who, each, why in found])
+    else:
+        for who, each, why in found:
+            print(f"{printable(who)} {printable(each)}: {printable(why or 'intact')}")
+    problems = sum(why is not None for _, _, why in found)
+    if problems:
+        raise CRDTStateError(f"{tier} is damaged: {_count(problems, 'checkpoint')}")
+
+
+@saved.command("create")
+def create_checkpoint(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A replica's SQLite file.")],
+    label: Annotated[str, typer.Option(metavar="TEXT", help="What to call it.")] = "",
+    tier: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Where to keep it; otherwise beside the store."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a checkpoint of a store whose agent does not run.
+
+    Example: [cyan]crdtstate checkpoints create agent-7.db --label before-upgrade[/cyan]
+    """
+    agent = read_agent(store)
+    made = _run(_create_checkpoint(agent, store, label, tier))
+    if as_json:
+        _print_json(_describe_checkpoint(agent, made))
+    else:
+        print(made.id)
+
+
+def _tier_url(text: str) -> str:
+    """The URL of a tier that was named by its URL, its file, or the store beside it."""
+    if "://" in text:
+        return text
+    for path in (Path(f"{text}.checkpoints"), Path(text)):
+        if path.is_file():
+            return f"sqlite:///{quote(str(path.absolute()))}"
+    raise UsageError(f"{text}: no such file, nor one named {text}.checkpoints")
+
+
+async def _list_checkpoints(url: str, agent: str | None) -> list[tuple[str, Checkpoint]]:
+    return [
+        (each.agent, checkpoint)
+        async for each in _catalogues(url, agent)
+        for checkpoint in each.saved()
+    ]
+
+
+async def _verify_checkpoints(
+    url: str, agent: str | None, id: str | None
+) -> list[tuple[str, str, str | None]]:
+    found: list[tuple[str, str, str | None]] = []
+    async for each in _catalogues(url, agent):
+        (shelf,) = each.shelves
+        whys = [(bad, why) for bad, why in shelf.unreadable.items() if id in (None, bad)]
+        found += [(each.agent, bad, f"its manifest: {why}") for bad, why in sorted(whys)]
+        for checkpoint in each.saved():
+            if id not in (None, checkpoint.id):
+                continue
+            try:
+                await each.verify(checkpoint.id)
+                found.append((each.agent, checkpoint.id, None))
+            except CorruptCheckpoint as exc:
+                found.append((each.agent, checkpoint.id, exc.reason))
+    if id is not None and not found:
+        raise UnknownCheckpoint(id)
+    return found
+
+
+async def _catalogues(url: str, agent: str | None) -> AsyncIterator[Catalogue]:
+    """What a tier has, of each agent."""
+    tier = await open_tier(url)
+    try:
+        agents = {agent_of(item.key) for item in await tier.items("")}
+        for name in sorted(each for each in agents if each is not None and agent in (None, each)):
+            shelf = Shelf(tier, name, limit=60, retry=1, retry_max=1, emit=lambda event: None)
+            catalogue = Catalogue(name, [shelf], Retention())
+            await catalogue.read(shelf)
+            yield catalogue
+    finally:
+        await tier.close()
+
+
+async def _create_checkpoint(agent: str, store: Path, label: str, tier: str | None) -> Checkpoint:
+    tiers = None if tier is None else [tier]
+    async with Replica(agent, store=store, checkpoints=tiers) as replica:
+        return await replica.checkpoint(label)
+
+
+def _describe_checkpoint(agent: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "agent": agent,
+        "id": checkpoint.id,
+        "label": checkpoint.label,
+        "made": checkpoint.stamp.time,
+        "bytes": checkpoint.size,
+        "documents": {name: version.total for name, version in checkpoint.version.items()},
+        "tiers": list(checkpoint.tiers),
+    }
 
 
 # Running
@@ -613,6 +909,10 @@ def run_relay(
     peers: Annotated[
         list[str] | None,
         typer.Option("--peer", metavar="URL", help="Another relay; repeatable."),
+    ] = None,
+    checkpoints: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="A tier to keep checkpoints in; repeatable."),
     ] = None,
     durability: Annotated[
         Durability | None,
@@ -660,6 +960,7 @@ def run_relay(
         "advertise": advertise,
         "store": store,
         "peers": tuple(peers) if peers else None,
+        "checkpoints": tuple(checkpoints) if checkpoints else None,
         "durability": durability and durability.value,
         "name": name,
         "tls_certificate": tls_certificate,

@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from crdtstate.errors import UsageError
-
-VOTERS_MAX = 1000
+from crdtstate.votes import VOTERS_MAX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +88,20 @@ class Config:
     """The same for a member without a store, which loses all it knew when it ends."""
 
     voters: tuple[str, ...] = ()
-    """The agents (relays, best) that decide on `Confirm.majority` and strong reads and writes, by
-    name. Each has a store of its own. The same everywhere; to change them, change one at a time."""
+    """The agents (relays, best) that decide on `Confirm.majority` and strong reads and writes,
+    and that vote where the strategy of conflicts is ``"vote"``, by name. Each has a store of its
+    own. The same everywhere; to change them, change one at a time."""
+
+    vote_deadline: float = 600.0
+    """For how long after its newest candidate was written votes on a conflict count, by the
+    clocks of those who voted: far more than these differ. What was not decided then is read as
+    the last write. The same everywhere."""
+
+    audit_max: int = 100_000
+    """Records that the audit keeps; the oldest go."""
+
+    audit_bytes: int = 64 * 2**20
+    """About what they take at most."""
 
     lease_timeout: float = 5.0
     """How long opening with ``lease=True`` may take."""
@@ -115,9 +126,23 @@ class Config:
     events_max: int = 10_000
     """Events kept for one slow ``async for`` over `Replica.events`; the oldest go first."""
 
+    checkpoint_interval: float = 60.0
+    """How often a replica opened with ``checkpoints=`` makes one by itself, if anything changed.
+    0: only when it is asked. Bounds what is lost with the journal's disk."""
+
+    tier_timeout: float = 30.0
+    """How long a tier may take for one operation before it counts as failed."""
+
+    tier_retry: float = 1.0
+    """When a tier that failed is tried again; doubles with every try."""
+
+    tier_retry_max: float = 60.0
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name == "checkpoint_interval" and value == 0 and type(value) is not bool:
+                continue
             if field.name == "discover":
                 if not isinstance(value, bool):
                     raise UsageError(f"Config.discover is True or False, not {value!r}")

@@ -2,9 +2,10 @@
 Conflicts: several live values at one path, and the rules that choose among them.
 
 A *strategy* is a pure function of the candidates, applied when the path is read. Its *name* is
-replicated data of the document; its code is registered in every process. Nothing that a merge saw
-is dropped before somebody writes over it, so a strategy can be changed at any time, and
-`Explanation` can always say who wrote what, what lost and by which rule.
+replicated data of the document, for a map, for its keys that begin with a prefix, or for a
+register; its code is registered in every process. Nothing that a merge saw is dropped before
+somebody writes over it, so a strategy can be changed at any time, and `Explanation` can always say
+who wrote what, what lost and by which rule. The strategy ``"vote"`` also looks at votes (`votes`).
 
     @crdtstate.strategy("longest")
     def longest(candidates):
@@ -13,14 +14,23 @@ is dropped before somebody writes over it, so a strategy can be changed at any t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from crdtstate.clock import Stamp
+import msgpack
+
+from crdtstate.clock import Dot, Stamp
 from crdtstate.errors import UnknownStrategy, UsageError
 
+if TYPE_CHECKING:
+    from crdtstate.audit import Record
+
 DEFAULT_STRATEGY = "lww"
+
+VOTE = "vote"
+"""The strategy that lets a majority of the voters decide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,24 +42,112 @@ class Candidate:
         writer: Whose lane it lies in.
         agent: The name of the agent that writes that lane.
         stamp: When it was written, by the writer's hybrid logical clock.
+        seq: Which change of the writer wrote it.
     """
 
     value: Any
     writer: int
     agent: str
     stamp: Stamp
+    seq: int = 0
+
+    @property
+    def dot(self) -> Dot:
+        """The change that wrote it."""
+        return Dot(self.writer, self.seq)
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """What one agent voted for.
+
+    Attributes:
+        counts: Whether it was in time, and of one of the voters.
+    """
+
+    agent: str
+    value: Any
+    stamp: Stamp
+    counts: bool
+
+
+class Decision(NamedTuple):
+    """What is read where values conflict, by which rule, and who voted."""
+
+    value: Any
+    rule: str
+    votes: tuple[Vote, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """A path with several different live values, oldest first."""
+    """A path with several different live values.
+
+    Attributes:
+        kind: ``"map"`` or ``"register"``.
+        key: The key in the map; empty for a register.
+        candidates: The values, oldest first.
+        value: What reading gives now; None if this process cannot tell (see *rule*).
+        rule: What decides now: the name of the strategy; ``"lww"`` for a strategy ``"vote"``
+            without a majority; ``"unknown"`` if its function is not registered here, or failed.
+        strategy: The name of the strategy.
+        votes: What was voted on these candidates.
+    """
 
     document: str
     kind: str
-    """``"map"`` or ``"register"``."""
     name: str
     key: str
     candidates: tuple[Candidate, ...]
+    value: Any = None
+    rule: str = DEFAULT_STRATEGY
+    strategy: str = DEFAULT_STRATEGY
+    votes: tuple[Vote, ...] = ()
+
+    @property
+    def path(self) -> str:
+        """The place as text, such as ``plan['goal']``."""
+        return self.name if self.kind == "register" else f"{self.name}[{self.key!r}]"
+
+    @property
+    def poll(self) -> str:
+        """A name for exactly this conflict, the same on every replica."""
+        return poll(self.document, self.kind[0] + self.name, self.key, self.dots)
+
+    @property
+    def dots(self) -> frozenset[Dot]:
+        """The changes that wrote the candidates. With the place they say which conflict it is:
+        another candidate, or one less, makes another conflict."""
+        return frozenset(candidate.dot for candidate in self.candidates)
+
+
+def poll(document: str, container: str, key: str, dots: Iterable[Dot]) -> str:
+    """The name of the conflict of the candidates *dots* at a place."""
+    flat = [number for dot in sorted(dots) for number in dot]
+    packed = msgpack.packb([document, container, key, flat])
+    return hashlib.blake2b(packed, digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """A write over values that conflicted.
+
+    Attributes:
+        conflict: What conflicted where it was written or delivered, and what was read there.
+        value: What was written; None also if it was removed.
+        removed: Whether it was removed.
+        rule: ``"vote"`` if a majority had voted for this value; ``"resolve"`` if somebody said
+            that it resolves the conflict (of others' changes this is known of the whole change);
+            the strategy's name if it is what was read anyway; else ``"write"``.
+    """
+
+    conflict: Conflict
+    value: Any
+    removed: bool
+    rule: str
+    agent: str
+    dot: Dot
+    stamp: Stamp
 
 
 Resolver = Callable[[Sequence[Candidate]], Any]
@@ -64,10 +162,13 @@ class Explanation:
     Attributes:
         path: The path, such as ``plan['goal']``.
         value: What reading gives (None when there is no candidate).
-        rule: ``"only value"``, ``"no value"``, or the name of the strategy that decided.
+        rule: ``"only value"``, ``"no value"``, or the name of the strategy that decided; where
+            votes have no majority, that is ``"lww"``.
         winner: The candidate whose value was chosen; None if the strategy built a value.
         candidates: All live values, oldest first.
         lost: The candidates that were not chosen; they stay until somebody writes over them.
+        votes: What was voted on these candidates.
+        earlier: The resolutions at this path that this replica's audit remembers, oldest first.
     """
 
     path: str
@@ -76,6 +177,8 @@ class Explanation:
     winner: Candidate | None
     candidates: tuple[Candidate, ...]
     lost: tuple[Candidate, ...]
+    votes: tuple[Vote, ...] = ()
+    earlier: tuple[Record, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.path} = {self.value!r} ({self.rule})"]
@@ -83,6 +186,10 @@ class Explanation:
             mark = "->" if candidate is self.winner else "  "
             when = candidate.stamp.time.isoformat(timespec="milliseconds")
             lines.append(f"  {mark} {candidate.value!r} by {candidate.agent} at {when}")
+        for vote in self.votes:
+            late = "" if vote.counts else " (does not count)"
+            lines.append(f"  vote of {vote.agent} for {vote.value!r}{late}")
+        lines += [f"  earlier: {record}" for record in self.earlier]
         return "\n".join(lines)
 
 
@@ -135,17 +242,32 @@ def resolver(name: str) -> Resolver:
         raise UnknownStrategy(name, known_strategies()) from None
 
 
-def explain(path: str, rule: str, candidates: Sequence[Candidate]) -> Explanation:
-    """Say what *rule* makes of *candidates* (oldest first)."""
+def decide(strategy: str, candidates: Sequence[Candidate]) -> Decision:
+    """What *strategy* makes of *candidates* (oldest first), without votes.
+
+    Raises:
+        UnknownStrategy: There is none of this name.
+    """
+    value = resolver(strategy)(candidates)
+    return Decision(value, DEFAULT_STRATEGY if strategy == VOTE else strategy)
+
+
+def explain(
+    path: str,
+    candidates: Sequence[Candidate],
+    decide: Callable[[Sequence[Candidate]], Decision],
+    earlier: tuple[Record, ...] = (),
+) -> Explanation:
+    """Say what *decide* makes of *candidates* (oldest first), if there are several."""
     if not candidates:
-        return Explanation(path, None, "no value", None, (), ())
+        return Explanation(path, None, "no value", None, (), (), (), earlier)
     if len(candidates) == 1:
         only = candidates[0]
-        return Explanation(path, only.value, "only value", only, (only,), ())
-    value = resolver(rule)(candidates)
+        return Explanation(path, only.value, "only value", only, (only,), (), (), earlier)
+    value, rule, votes = decide(candidates)
     winner = next((c for c in reversed(candidates) if same(c.value, value)), None)
     lost = tuple(c for c in candidates if c is not winner) if winner else tuple(candidates)
-    return Explanation(path, value, rule, winner, tuple(candidates), lost)
+    return Explanation(path, value, rule, winner, tuple(candidates), lost, votes, earlier)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -244,5 +366,12 @@ def _rank(value: Any) -> str:
     return "" if value is None else type(value).__name__
 
 
-_BUILT_IN: dict[str, Resolver] = {"lww": lww, "max": largest, "min": smallest, "merge": merged}
+_BUILT_IN: dict[str, Resolver] = {
+    "lww": lww,
+    "max": largest,
+    "min": smallest,
+    "merge": merged,
+    # What is read where no majority has decided; votes are counted in `votes`.
+    VOTE: lww,
+}
 _registry.update(_BUILT_IN)

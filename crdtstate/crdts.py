@@ -18,11 +18,11 @@ Where several live values meet, maps and registers read what the view's strategy
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, MutableMapping, MutableSet
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from crdtstate.change import RESOLUTION
-from crdtstate.clock import Stamp
-from crdtstate.conflict import Candidate, Explanation, explain, resolver
+from crdtstate.conflict import Candidate, Explanation, explain
 from crdtstate.errors import UnsupportedValue, UsageError
 from crdtstate.slots import Cell, candidates, is_conflict, totals
 from crdtstate.values import pack, pack_key, unpack, unpack_key
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from crdtstate.document import Document
 
 STRATEGIES = "@strategies"
-"""The container in which a document keeps the names of its views' strategies."""
+"""The container in which a document keeps the names of its views' strategies: by container, or for
+a map's keys with a prefix by container, `SEPARATOR` and prefix. An empty name is none."""
 
 _EMPTY: dict[str, Cell] = {}
 _PRESENT = pack(True, "set")
@@ -88,11 +89,10 @@ class _Choosing(View):
         return self._document.strategy(self._container)
 
     def _candidates(self, cell: Cell) -> list[Candidate]:
-        agents = self._document.agents
-        return [
-            Candidate(unpack(slot.value or b""), writer, agents.get(writer, ""), Stamp(slot.stamp))
-            for writer, slot in candidates(cell)
-        ]
+        return self._document.candidates(cell)
+
+    def _decide(self, key: str) -> partial[Any]:
+        return partial(self._document.decide, self._container, key)
 
     def _read(self, key: str) -> Any:
         """The value of a cell, or `_MISSING`."""
@@ -105,7 +105,11 @@ class _Choosing(View):
         found = candidates(cell)
         if len(found) <= 1:
             return unpack(found[0][1].value or b"") if found else _MISSING
-        return resolver(self.strategy)(self._candidates(cell))
+        return self._document.decide(self._container, key, self._candidates(cell)).value
+
+    def live(self, key: str) -> list[Candidate]:
+        """All live values of a cell, oldest first, whether they differ or not."""
+        return self._candidates(self._cells.get(key, {}))
 
     def candidates_of(self, key: str) -> list[Candidate]:
         """The candidates of a cell if they differ, oldest first; else nothing."""
@@ -128,7 +132,8 @@ class _Choosing(View):
         await self._strong.write_strong(document, self._container, key, packed, timeout)
 
     def _explain(self, key: str, where: str) -> Explanation:
-        return explain(where, self.strategy, self._candidates(self._cells.get(key, {})))
+        earlier = self._document.earlier(self._container, key)
+        return explain(where, self.live(key), self._decide(key), earlier)
 
     def _resolve(self, key: str, value: Any, where: str) -> None:
         self._document.put(self._container, key, pack(value, where), kind=RESOLUTION)
@@ -212,8 +217,31 @@ class Map(_Choosing, MutableMapping[str, Any]):
         contested = sorted(container.contested) if container is not None else []
         return {key: found for key in contested if (found := self.candidates_of(key))}
 
+    def use_strategy(self, name: str | None, *, prefix: str = "") -> None:
+        """Let the strategy *name* decide conflicts from now on, on all replicas.
+
+        It changes what is read, at once and also where values conflict already; nothing is
+        written over. With a *prefix* it is for the keys that begin so, such as
+        ``use_strategy("max", prefix="score/")``; of several prefixes, the longest counts. None
+        takes it back: then the next shorter prefix counts, or the map's own, or ``"lww"``.
+
+        Raises:
+            UnknownStrategy: There is none of this name in this process.
+            UnsupportedValue: *prefix* cannot begin a key, or is too long.
+        """
+        self._document.use_strategy(self._container, name, prefix)
+
+    def strategy_of(self, key: str) -> str:
+        """The name of the strategy that decides conflicts at *key*."""
+        return self._document.strategy(self._container, key)
+
+    def strategies(self) -> dict[str, str]:
+        """The strategies by prefix; that of the whole map, if it was set, by the empty one."""
+        return self._document.strategies(self._container)
+
     def explain(self, key: str) -> Explanation:
-        """Who wrote what at *key*, what is chosen, and by which rule."""
+        """Who wrote what at *key*, what is chosen, by which rule and votes, and what earlier
+        conflicts there came to."""
         return self._explain(key, self._where(key))
 
     def resolve(self, key: str, value: Any) -> None:
@@ -261,8 +289,13 @@ class Register(_Choosing):
         """The live values if there are several different ones, oldest first; else nothing."""
         return self.candidates_of("")
 
+    def use_strategy(self, name: str | None) -> None:
+        """Let the strategy *name* decide conflicts; see `Map.use_strategy`."""
+        self._document.use_strategy(self._container, name)
+
     def explain(self) -> Explanation:
-        """Who wrote what, what is chosen, and by which rule."""
+        """Who wrote what, what is chosen, by which rule and votes, and what earlier conflicts
+        came to."""
         return self._explain("", self._name)
 
     def resolve(self, value: Any) -> None:

@@ -13,13 +13,14 @@ The *engine* holds the content: `lanes.Lanes` for maps, counters, registers and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crdtstate.change import (
     CHANGE_BYTES_MAX,
     NAME_CHARS_MAX,
+    RESOLUTION,
     TIDY,
     WRITE,
     Change,
@@ -27,8 +28,18 @@ from crdtstate.change import (
     Snapshot,
     encode_change,
 )
-from crdtstate.clock import SEQ_MAX, STAMP_MAX, Dot, HybridClock, Version
-from crdtstate.conflict import DEFAULT_STRATEGY, Conflict, resolver
+from crdtstate.clock import SEQ_MAX, STAMP_MAX, Dot, HybridClock, Stamp, Version
+from crdtstate.conflict import (
+    DEFAULT_STRATEGY,
+    VOTE,
+    Candidate,
+    Conflict,
+    Decision,
+    Resolution,
+    decide,
+    resolver,
+    same,
+)
 from crdtstate.crdts import STRATEGIES, Counter, Map, Register, Set, Strong
 from crdtstate.errors import CRDTStateError, InvalidUpdate, UnsupportedValue, UsageError
 from crdtstate.lanes import Lanes
@@ -36,6 +47,8 @@ from crdtstate.native import Array, Native, Text, YMap
 from crdtstate.slots import (
     NO_COVERS,
     SEPARATOR,
+    Cell,
+    Container,
     Slot,
     candidates,
     covering,
@@ -44,8 +57,16 @@ from crdtstate.slots import (
 )
 from crdtstate.values import pack, unpack
 
+if TYPE_CHECKING:
+    from crdtstate.audit import Record
+    from crdtstate.lanes import Plan
+    from crdtstate.votes import Polls
+
+PATH_BYTES_MAX = 1000
+"""Bytes of a view's name and a key together, in UTF-8: a little less than the guard admits."""
+
 KEY_BYTES_MAX = 800
-"""Bytes of a map's key in UTF-8; with the name it stays below what the guard admits."""
+"""Bytes of a map's key in UTF-8."""
 
 CHANGE_BYTES_GOAL = 128 * 1024
 CHANGE_PATHS_GOAL = 1024
@@ -61,6 +82,23 @@ SETTLED_PER_CHANGE = 500
 class EngineFailure(Exception):
     """pycrdt failed on a checked update. The document's Doc is beyond use and must be rebuilt
     from the store without this change; reads go on, from the index."""
+
+
+class Delivery(NamedTuple):
+    """What was just taken in.
+
+    Attributes:
+        change: The change; None for a snapshot.
+        paths: What it wrote.
+        resolutions: What that resolved.
+        local: Whether it was sealed here.
+    """
+
+    document: Document
+    change: Change | None
+    paths: list[str]
+    resolutions: list[Resolution]
+    local: bool
 
 
 class Document:
@@ -107,6 +145,13 @@ class Document:
         self.is_broken = False
         # Reads and writes over a quorum, where there is one.
         self.strong: Strong | None = None
+        # The votes, where there is a set of documents.
+        self.polls: Polls | None = None
+        # The resolutions at a path (container, key) that an audit remembers.
+        self.recall: Callable[[str, str], tuple[Record, ...]] | None = None
+        # Called after each change, own ones too, with what it wrote and what that resolved; and
+        # after a snapshot.
+        self.on_delivered: Callable[[Delivery], None] | None = None
         self._clock = clock
         self._wall = wall
         self._on_write = on_write
@@ -115,6 +160,8 @@ class Document:
         self._open_stamp = 0
         self._open_bytes = 0
         self._open_kind = WRITE
+        # Path -> what conflicted when it was first written over, and whether to resolve that.
+        self._met: dict[str, tuple[list[Candidate], bool]] = {}
         # The paths that the newest sealed change wrote.
         self.written: list[str] = []
 
@@ -141,13 +188,15 @@ class Document:
     def map(self, name: str, *, strategy: str | None = None) -> Map:
         """The map *name*. Give *strategy* to set, on all replicas, what decides conflicts."""
         view = Map(self, self._view_name(name, "map"))
-        self._set_strategy(Map.kind + name, strategy)
+        if strategy is not None:
+            self.use_strategy(Map.kind + name, strategy)
         return view
 
     def register(self, name: str, *, strategy: str | None = None) -> Register:
         """The register *name*. Give *strategy* to set, on all replicas, what decides conflicts."""
         view = Register(self, self._view_name(name, "register"))
-        self._set_strategy(Register.kind + name, strategy)
+        if strategy is not None:
+            self.use_strategy(Register.kind + name, strategy)
         return view
 
     def counter(self, name: str) -> Counter:
@@ -185,29 +234,107 @@ class Document:
             )
         return self.native
 
-    def strategy(self, container: str) -> str:
-        """The name of the strategy of a view, given by kind letter and name."""
-        cell = self.lanes.container(STRATEGIES).cells.get(container)
-        found = candidates(cell) if cell else []
-        return unpack(found[-1][1].value or b"") if found else DEFAULT_STRATEGY
+    # Conflicts
 
-    def _set_strategy(self, container: str, name: str | None) -> None:
+    def strategy(self, container: str, key: str = "") -> str:
+        """The name of the strategy of a view, given by kind letter and name, or at a key of it."""
+        if not (names := self._strategies()):
+            return DEFAULT_STRATEGY
+        for length in range(len(key), 0, -1):
+            if name := _newest_name(names.get(container + SEPARATOR + key[:length])):
+                return name
+        return _newest_name(names.get(container)) or DEFAULT_STRATEGY
+
+    def strategies(self, container: str) -> dict[str, str]:
+        """The names of the strategies of a view, by prefix."""
+        found: dict[str, str] = {}
+        for place, cell in sorted(self._strategies().items()):
+            whose, _, prefix = place.partition(SEPARATOR)
+            if whose == container and (name := _newest_name(cell)):
+                found[prefix] = name
+        return found
+
+    def use_strategy(self, container: str, name: str | None, prefix: str = "") -> None:
+        """See `Map.use_strategy`."""
         if name is not None:
             resolver(name)
-            if name != self.strategy(container):
-                self.put(STRATEGIES, container, pack(name, "strategy"))
+        check_key(prefix, container[1:])
+        place = container + SEPARATOR + prefix if prefix else container
+        if len((STRATEGIES + SEPARATOR + place).encode()) > PATH_BYTES_MAX:
+            raise UnsupportedValue(f"{container[1:]}[{prefix[:40]!r}...]", "too long for a prefix")
+        default = "" if prefix else DEFAULT_STRATEGY
+        present = _newest_name(self._strategies().get(place))
+        if (name or default) != (present or default):
+            self.put(STRATEGIES, place, pack(name or "", "strategy"))
+
+    def _strategies(self) -> Mapping[str, Cell]:
+        found = self.lanes.containers.get(STRATEGIES)
+        return found.cells if found is not None else {}
+
+    def candidates(self, cell: Cell) -> list[Candidate]:
+        """The live values of a cell, oldest first."""
+        agents = self.agents
+        # Who has sealed nothing yet is not among them.
+        names = {self.writer: self.agent} if self.writer not in agents else {}
+        return [
+            Candidate(
+                unpack(slot.value or b""),
+                writer,
+                agents.get(writer) or names.get(writer, ""),
+                Stamp(slot.stamp),
+                slot.seq,
+            )
+            for writer, slot in candidates(cell)
+        ]
+
+    def live_dots(self, container: str, key: str) -> frozenset[Dot]:
+        """The changes that wrote the live values at a path."""
+        cells = self.lanes.containers.get(container)
+        cell = cells.cells.get(key, {}) if cells is not None else {}
+        return frozenset(Dot(writer, slot.seq) for writer, slot in candidates(cell))
+
+    def decide(self, container: str, key: str, found: Sequence[Candidate]) -> Decision:
+        """What the strategy at a path makes of several candidates, oldest first.
+
+        Raises:
+            UnknownStrategy: It is not registered in this process.
+        """
+        strategy = self.strategy(container, key)
+        if strategy == VOTE and self.polls is not None:
+            return self.polls.decide(self.name, container, key, found)
+        return decide(strategy, found)
+
+    def conflict(self, container: str, key: str) -> Conflict | None:
+        """The open conflict at a path, if there is one."""
+        cells = self.lanes.containers.get(container)
+        cell = cells.cells.get(key) if cells is not None else None
+        if cell is None or container[0] not in _KINDS or not is_conflict(cell):
+            return None
+        return self._conflict(container, key, self.candidates(cell))
+
+    def _conflict(self, container: str, key: str, found: Sequence[Candidate]) -> Conflict:
+        try:
+            decision = self.decide(container, key, found)
+        except Exception:
+            # The user's own function, or one that is registered elsewhere only.
+            decision = Decision(None, "unknown")
+        place = (self.name, _KINDS[container[0]], container[1:], key)
+        strategy = self.strategy(container, key)
+        value, rule, votes = decision
+        return Conflict(*place, tuple(found), value, rule, strategy, votes)
 
     def conflicts(self) -> list[Conflict]:
         """The open conflicts of all views, by view and key."""
-        found: list[Conflict] = []
-        for container, cells in sorted(self.lanes.containers.items()):
-            kind, name = container[0], container[1:]
-            if kind == "m":
-                for key, values in Map(self, name).conflicts().items():
-                    found.append(Conflict(self.name, "map", name, key, tuple(values)))
-            elif kind == "r" and cells.contested and (values := Register(self, name).conflicts()):
-                found.append(Conflict(self.name, "register", name, "", tuple(values)))
-        return found
+        return [
+            found
+            for container, cells in sorted(self.lanes.containers.items())
+            for key in sorted(cells.contested)
+            if (found := self.conflict(container, key)) is not None
+        ]
+
+    def earlier(self, container: str, key: str) -> tuple[Record, ...]:
+        """The resolutions at a path that an audit remembers, oldest first."""
+        return self.recall(container, key) if self.recall is not None else ()
 
     def count_conflicts(self) -> int:
         """How many conflicts are open, without reading the values."""
@@ -234,6 +361,10 @@ class Document:
         """Write the packed *value* (None: remove) at a path; reads see it at once. *kind* is
         `RESOLUTION` if that resolves a conflict, which the open change then is."""
         path = container + SEPARATOR + key
+        if len(path) * 4 > PATH_BYTES_MAX and (size := len(path.encode())) > PATH_BYTES_MAX:
+            where = f"{container[1:41]}...[{key[:40]!r}...]"
+            reason = f"name and key have {size} bytes together; {PATH_BYTES_MAX} is the limit"
+            raise UnsupportedValue(where, reason)
         lanes = self.lanes
         cells = lanes.container(container)
         cell = cells.cells.get(key)
@@ -241,12 +372,23 @@ class Document:
         own = cell.get(self.writer) if cell else None
         self._open(path, own, (len(value) if value is not None else 0) + 14 * len(covers))
         self._open_kind = kind or self._open_kind
+        if covers and cell and key in cells.contested and container[0] in _KINDS:
+            self._meet(path, cell, kind == RESOLUTION)
         if value is None and not covers:
             cells.update(key, self.writer, None)
         else:
             seq = self.version.get(self.writer, 0) + 1
             cells.update(key, self.writer, Slot(value, seq, self._open_stamp, covers))
         self._check_goal()
+
+    def _meet(self, path: str, cell: Cell, is_meant: bool) -> None:
+        """Remember what conflicts at a path that is being written over."""
+        met, was_meant = self._met.get(path, ([], False))
+        known = {candidate.dot for candidate in met}
+        # Not what the open change itself said before.
+        known.add(Dot(self.writer, self.version.get(self.writer, 0) + 1))
+        met = met + [each for each in self.candidates(cell) if each.dot not in known]
+        self._met[path] = sorted(met, key=_by_age), is_meant or was_meant
 
     def put_above(self, container: str, key: str, value: bytes) -> None:
         """`put`, with a stamp above those of all slots at the path, however far ahead of the own
@@ -335,6 +477,7 @@ class Document:
                 self.lanes.set_own(path, mark[path])
             else:
                 self.lanes.set_own(path, slot)
+                self._met.pop(path, None)
         if not self._before:
             self._open_kind, self._open_stamp = WRITE, 0
         if self.native is not None:
@@ -351,12 +494,44 @@ class Document:
                 type); the document reads as before them.
         """
         kind, self._open_kind = (self._open_kind if self.is_open else TIDY), WRITE
+        met, self._met = self._met, {}
         if self.native is not None:
             update = self.native.take()
             self.written = self.native.touched
         else:
             update = self._write()
-        return self._sealed(update, origin, kind) if update else None
+        if not update:
+            return None
+        change = self._sealed(update, origin, kind)
+        if self.on_delivered is not None:
+            resolutions = []
+            for path in self.written if met else ():
+                found, is_meant = met.get(path, ([], False))
+                if _differ(found):
+                    slot = self.lanes.own_slot(path)
+                    resolutions.append(self._resolution(path, found, slot, is_meant, change))
+            self.on_delivered(Delivery(self, change, self.written, resolutions, True))
+        return change
+
+    def _resolution(
+        self,
+        path: str,
+        found: Sequence[Candidate],
+        slot: Slot | None,
+        is_meant: bool,
+        change: Change,
+    ) -> Resolution:
+        """What the *slot* that *change* wrote makes of the candidates that it *found*."""
+        container, _, key = path.partition(SEPARATOR)
+        conflict = self._conflict(container, key, found)
+        removed = slot is None or slot.value is None
+        value = None if slot is None or slot.value is None else unpack(slot.value)
+        is_read = not removed and conflict.rule != "unknown" and same(value, conflict.value)
+        rule = "resolve" if is_meant else "write"
+        if is_read and (conflict.rule == VOTE or not is_meant):
+            rule = conflict.rule
+        who = change.origin.agent
+        return Resolution(conflict, value, removed, rule, who, change.dot, Stamp(change.stamp))
 
     def _write(self) -> bytes:
         before, self._before = self._before, {}
@@ -400,6 +575,7 @@ class Document:
         self.writer = writer
         self.version, self.heads, self.stamp = Version(), {}, 0
         self._before, self._open_kind, self._open_stamp = {}, WRITE, 0
+        self._met = {}
         self.lanes = Lanes(writer)
         if self.native is not None:
             self.native.reset(writer)
@@ -449,16 +625,22 @@ class Document:
         assert not self.is_broken, f"{self.name!r} must be rebuilt first"
         if change.shared != self.shared:
             raise InvalidUpdate(f"{change!r} is for a document of the other type")
-        touched = self._apply(change)
+        touched, met = self._apply(change)
         if self._before:
             # What is open is not in the lane yet; it is judged when it has been sealed (L3).
             self.lanes.settled.update(
                 ((self.writer, path), None) for path in touched if path in self._before
             )
         self._deliver(change)
+        if self.on_delivered is not None:
+            is_meant = change.kind == RESOLUTION
+            resolutions = [
+                self._resolution(path, found, slot, is_meant, change) for path, slot, found in met
+            ]
+            self.on_delivered(Delivery(self, change, touched, resolutions, False))
         return touched
 
-    def _apply(self, change: Change) -> list[str]:
+    def _apply(self, change: Change) -> tuple[list[str], list[_Met]]:
         plan = None
         if self.native is None:
             plan = self.lanes.check(
@@ -466,10 +648,11 @@ class Document:
             )
         try:
             if self.native is not None:
-                return self.native.apply(change.update, change.writer)
+                return self.native.apply(change.update, change.writer), []
             assert plan is not None
+            met = self._met_by(plan) if self.on_delivered is not None else []
             with self._open_kept(path for writer, path in plan.drops if writer == self.writer):
-                return self.lanes.apply(change.update, plan)
+                return self.lanes.apply(change.update, plan), met
         except CRDTStateError:
             raise
         except BaseException as exc:
@@ -479,6 +662,22 @@ class Document:
                 raise
             self.is_broken = True
             raise EngineFailure(f"{change!r}: {type(exc).__name__}: {exc}") from exc
+
+    def _met_by(self, plan: Plan) -> list[_Met]:
+        """What conflicts here and will be written over by a checked change."""
+        found: list[_Met] = []
+        for _, _, path, slot in plan.puts:
+            if not slot.covers or path in plan.moved:
+                continue
+            container, _, key = path.partition(SEPARATOR)
+            cells = self.lanes.containers.get(container)
+            if cells is None or key not in cells.contested or container[0] not in _KINDS:
+                continue
+            live = self.candidates(cells.cells[key])
+            covers = {**slot.covers, plan.writer: slot.seq}
+            if _differ([each for each in live if covers.get(each.writer, 0) >= each.seq]):
+                found.append((path, slot, live))
+        return found
 
     def _deliver(self, change: Change) -> None:
         """Count *change* as taken in."""
@@ -524,12 +723,39 @@ class Document:
             state = self.engine.join(state, lambda w: theirs.get(w, 0) > mine.get(w, 0))
         joined = mine.copy()
         joined.merge(theirs)
+        before = self.lanes.containers
         touched = self._load(state, joined)
         self._join_heads(snapshot)
         mine.merge(theirs)
         self.stamp = max(self.stamp, snapshot.stamp)
         self.agents = {**snapshot.agents, **self.agents}
+        if self.on_delivered is not None:
+            resolutions = list(self._resolved_since(before, snapshot))
+            self.on_delivered(Delivery(self, None, touched, resolutions, False))
         return touched
+
+    def _resolved_since(
+        self, before: Mapping[str, Container], snapshot: Snapshot
+    ) -> Iterator[Resolution]:
+        """What conflicted in an older index and was written over since. By whom is said by what
+        stands there now; what was written in between is not known."""
+        for container, cells in before.items():
+            if container[0] not in _KINDS:
+                continue
+            for key in cells.contested:
+                found, live = self.candidates(cells.cells[key]), self.live_dots(container, key)
+                if not _differ([each for each in found if each.dot not in live]):
+                    continue
+                now = self.lanes.container(container).cells.get(key, {})
+                newest = self.candidates(now)[-1:]
+                conflict = self._conflict(container, key, found)
+                if not newest:
+                    nobody, stamp = Dot(0, 0), Stamp(snapshot.stamp)
+                    yield Resolution(conflict, None, True, "write", "", nobody, stamp)
+                for each in newest:
+                    rule = conflict.rule if same(each.value, conflict.value) else "write"
+                    who = (each.agent, each.dot, each.stamp)
+                    yield Resolution(conflict, each.value, False, rule, *who)
 
     def _load(self, state: bytes, version: Version) -> list[str]:
         before = self.lanes.containers
@@ -568,6 +794,28 @@ class Document:
             if mine.get(writer) == seq or seq > version.get(writer, 0):
                 heads[writer] = max(seq, heads.get(writer, 0))
         self.heads = heads
+
+
+_KINDS = {"m": "map", "r": "register"}
+"""The views in which values conflict, by their letter."""
+
+_Met = tuple[str, Slot, list[Candidate]]
+"""A path, the slot that is written there, and what it found."""
+
+
+def _by_age(candidate: Candidate) -> tuple[int, int]:
+    return candidate.stamp, candidate.writer
+
+
+def _differ(found: Sequence[Candidate]) -> bool:
+    """Whether there are different values."""
+    return len(found) > 1 and len({pack(each.value, "candidate") for each in found}) > 1
+
+
+def _newest_name(cell: Cell | None) -> str | None:
+    """The name of a strategy as it stands in a cell, if one does."""
+    found = candidates(cell) if cell else []
+    return unpack(found[-1][1].value or b"") or None if found else None
 
 
 def _differing(before: Mapping[str, Any], lanes: Lanes) -> Iterator[str]:

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from crdtstate.change import Change, Origin, Snapshot, decode_change
-from crdtstate.clock import Cut, Dot, HybridClock, Version
+from crdtstate.clock import Cut, Dot, HybridClock, Stamp, Version
 from crdtstate.conflict import Conflict
 from crdtstate.crdts import Counter, Map, Register, Set
-from crdtstate.document import Document
+from crdtstate.document import Delivery, Document
 from crdtstate.errors import InvalidUpdate, UnsupportedValue, UsageError
+from crdtstate.votes import Polls
 
 MAIN = "main"
 """The document that `map`, `counter`, `register` and `set` of a replica use."""
@@ -26,6 +27,9 @@ DOCUMENTS_MAX = 100_000
 """Documents of one replica; a peer cannot make it hold more."""
 
 ORIGIN_CHARS_MAX = 1000
+
+SYSTEM = "@"
+"""The names of documents that are the system's begin so."""
 
 
 class DocumentSet:
@@ -48,6 +52,7 @@ class DocumentSet:
         # Sealed changes that nobody has taken yet, with the paths they wrote.
         self._sealed: list[tuple[Change, list[str]]] = []
         self._transaction: Origin | None = None
+        self.polls = Polls(self)
 
     # Reading and writing
 
@@ -79,7 +84,7 @@ class DocumentSet:
         self._check_usable()
         found = self._documents.get(name)
         if found is None:
-            return self._make(name, shared)
+            return self._add(name, shared)
         if shared and not found.shared:
             raise UsageError(f"document {name!r} exists and is not shared=True")
         return found
@@ -89,12 +94,17 @@ class DocumentSet:
         return iter(sorted(self._documents))
 
     def conflicts(self) -> list[Conflict]:
-        """The open conflicts of all documents."""
-        return [c for name in self.documents() for c in self._documents[name].conflicts()]
+        """The open conflicts of all documents, but for those of the system (``@...``)."""
+        names = (name for name in self.documents() if not name.startswith(SYSTEM))
+        return [found for name in names for found in self._documents[name].conflicts()]
 
     def count_conflicts(self) -> int:
         """How many conflicts are open in all documents, without reading their values."""
-        return sum(document.count_conflicts() for document in self._documents.values())
+        return sum(
+            document.count_conflicts()
+            for name, document in self._documents.items()
+            if not name.startswith(SYSTEM)
+        )
 
     def version(self) -> Cut:
         """What this replica has taken in so far, its own writes included: a causal token.
@@ -164,6 +174,17 @@ class DocumentSet:
     def _written(self) -> None:
         """There is something to seal, or something was sealed; a replica overrides it."""
 
+    def _add(self, name: str, shared: bool) -> Document:
+        document = self._make(name, shared)
+        document.polls, document.on_delivered = self.polls, self._delivered
+        return document
+
+    def _delivered(self, delivery: Delivery) -> None:
+        """Something was taken in; a replica adds to it."""
+        if delivery.local and not delivery.document.name.startswith(SYSTEM):
+            for resolution in delivery.resolutions:
+                self.polls.remove(resolution.conflict)
+
     def _make(self, name: str, shared: bool) -> Document:
         if len(self._documents) >= DOCUMENTS_MAX:
             raise UsageError(f"a replica holds at most {DOCUMENTS_MAX} documents")
@@ -196,11 +217,16 @@ class DocumentSet:
                 documents are sealed.
         """
         refused: UsageError | None = None
-        for document in list(self._open.values()):
-            try:
-                self._seal(document, origin)
-            except UsageError as exc:
-                refused = exc
+        tried: set[str] = set()
+        # Sealing what resolves a conflict opens the document of votes.
+        while opened := [name for name in self._open if name not in tried]:
+            for name in opened:
+                tried.add(name)
+                try:
+                    if name in self._open:
+                        self._seal(self._open[name], origin)
+                except UsageError as exc:
+                    refused = exc
         if refused is not None:
             raise refused
 
@@ -250,7 +276,7 @@ class DocumentSet:
 
     def find_or_make(self, name: str, shared: bool) -> Document:
         """The document *name*; made if there is none, because a peer has it."""
-        return self._documents.get(name) or self._make(name, shared)
+        return self._documents.get(name) or self._add(name, shared)
 
     def load_snapshot(self, name: str, data: bytes, only: Document | None = None) -> None:
         """Take in a stored snapshot of the document *name*, or of *only*.
@@ -297,6 +323,10 @@ class DocumentSet:
     def observe(self, stamp: int) -> bool:
         """Let the clock follow a remote *stamp*; False if it is too far ahead to be believed."""
         return self._clock.observe(stamp, self._wall())
+
+    def next_stamp(self) -> Stamp:
+        """A stamp above those of all that was written here or taken in."""
+        return self._clock.issue(self._wall())
 
     def wall_ms(self) -> int:
         """The wall time in milliseconds since 1970."""

@@ -5,6 +5,7 @@ Every error crdtstate raises, named for the situation, and the state it leaves b
     ├── UsageError              the caller's mistake; nothing changed
     │   ├── UnsupportedValue    a value, key or name that cannot be shared
     │   ├── UnknownStrategy     a conflict names a strategy this process has not registered
+    │   ├── UnknownCheckpoint   there is none with this id, or it was not kept
     │   └── ReplicaClosed       the replica was closed or not opened yet
     ├── ProtocolError           a peer's mistake; its message was dropped, our state is untouched
     │   └── InvalidUpdate       a change or snapshot that breaks the rules of lanes
@@ -12,7 +13,11 @@ Every error crdtstate raises, named for the situation, and the state it leaves b
     ├── StoreError              the disk's; what was durable stays durable
     │   ├── StoreLocked         another process has the store open
     │   ├── StoreUnavailable    the store refuses writes; reads and the mesh go on
-    │   └── CorruptStore        a stored row or page fails its checksum; nothing was altered
+    │   ├── CorruptStore        a stored row or page fails its checksum; nothing was altered
+    │   ├── TierError           a tier of checkpoints is gone, slow, full or refuses
+    │   ├── CorruptCheckpoint   a checkpoint is not what was written; nothing was altered
+    │   └── CheckpointFailed    no checkpoint was made; those there are stay
+    ├── PastForgotten           neither journal nor checkpoint lead there; nothing changed
     ├── LeaseRefused            no relay lent a writer; nothing was opened
     ├── QuorumLost              too few voters answered; a read had no effect, a write may have
     └── WaitTimeout             what was waited for has not happened yet; it still may
@@ -23,6 +28,8 @@ as attributes and end with what to do, where that is known.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 class CRDTStateError(Exception):
@@ -98,8 +105,65 @@ class CorruptStore(StoreError):
     """Stored data fails its checksum or is not ours; nothing was altered."""
 
 
+class TierError(StoreError):
+    """A tier of checkpoints is gone, slow, full or refuses; what it held before is still there.
+
+    Attributes:
+        path: The tier's URL, without a password.
+    """
+
+
+class CorruptCheckpoint(StoreError):
+    """A checkpoint, or a part of it, is not what was written; nothing was altered.
+
+    Attributes:
+        path: The tier's URL.
+        key: What is wrong in it.
+    """
+
+    def __init__(self, tier: str, key: str, reason: str) -> None:
+        super().__init__(tier, f"{key}: {reason}")
+        self.key = key
+
+
+class CheckpointFailed(StoreError):
+    """No checkpoint was made; those that there are stay as they were.
+
+    Attributes:
+        path: The URL of the primary tier.
+    """
+
+
+class UnknownCheckpoint(UsageError):
+    """No checkpoint has this id, or it was not kept; see `Replica.checkpoints`."""
+
+    def __init__(self, id: object) -> None:
+        super().__init__(f"there is no checkpoint {str(id)[:80]!r}; see replica.checkpoints()")
+        self.id = id
+
+
 class WaitTimeout(CRDTStateError, TimeoutError):
     """What was waited for has not happened yet; nothing was undone and it still may happen."""
+
+
+class PastForgotten(CRDTStateError):
+    """A point in the past that nothing leads to any more: the journal has forgotten the changes,
+    and no checkpoint is near. Nothing changed. A checkpoint keeps what it was made of.
+
+    Attributes:
+        document: The document that cannot be had.
+        oldest: The oldest version of it that can.
+    """
+
+    def __init__(self, document: str, oldest: Mapping[int, int]) -> None:
+        changes = sum(oldest.values())
+        super().__init__(
+            f"{document!r} cannot be looked at there any more: the journal has forgotten the "
+            f"changes, and no checkpoint leads there. The oldest that can be had is after "
+            f"{changes} changes: {oldest!r}. What will be wanted later, keep with "
+            "replica.checkpoint()"
+        )
+        self.document, self.oldest = document, oldest
 
 
 class LeaseRefused(CRDTStateError):

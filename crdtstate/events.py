@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from crdtstate.conflict import Candidate
+from crdtstate.conflict import Candidate, Conflict
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +46,19 @@ class Changed(Event):
 
 @dataclass(frozen=True, slots=True)
 class ConflictFound(Event):
-    """Two values that did not know of each other met at a path. Both stay until resolved."""
+    """Values that did not know of each other met at a path. All stay until resolved. Told again
+    when the candidates change, since that is another conflict."""
 
     document: str
     kind: str
     name: str
     key: str
     candidates: tuple[Candidate, ...]
+
+    @property
+    def conflict(self) -> Conflict:
+        """The same, without what is read now and the votes; see `Replica.conflicts` for these."""
+        return Conflict(self.document, self.kind, self.name, self.key, self.candidates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,3 +218,58 @@ class StoreFailed(Event):
 @dataclass(frozen=True, slots=True)
 class StoreRecovered(Event):
     """The store writes again, and what waited is saved."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSaved(Event):
+    """A checkpoint was made, here or elsewhere, and verified in its agent's primary tier.
+
+    Attributes:
+        agent: Whose it is.
+        id: Its id, and *label*, which is for people.
+        version: A causal token of what is in it, for `Cut.parse`; empty if it was too long to tell.
+        tiers: The tiers that have it; of others' those that are no private matter of their host.
+        local: Whether it is this replica's own.
+    """
+
+    agent: str
+    id: str
+    label: str
+    version: str
+    tiers: tuple[str, ...]
+    local: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointDamaged(Event):
+    """A checkpoint, or a part of it, is not in a tier as it was written. Another tier's copy is
+    used and written back, if there is a good one.
+
+    Attributes:
+        key: What is wrong in the tier.
+    """
+
+    tier: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TierFailed(Event):
+    """A tier of checkpoints is gone, slow, full or lies. It is tried again, less and less often,
+    and gets what it lacks when it works again.
+
+    Attributes:
+        is_primary: Whether no checkpoint can be made meanwhile.
+    """
+
+    tier: str
+    reason: str
+    is_primary: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TierRecovered(Event):
+    """A tier that had failed works again, and has what it should have."""
+
+    tier: str

@@ -5,8 +5,18 @@ How a replica is doing, for those who ask often: a relay's health, its metrics a
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+
+
+class TierHealth(NamedTuple):
+    """How a tier of checkpoints does: why it fails, if it does, how often it has failed since
+    opening, and how many checkpoints it has."""
+
+    failure: str | None
+    failures: int
+    checkpoints: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +31,9 @@ class Glance:
         missing: Changes that peers announced and nobody sent yet.
         copies: Changes sent since it was opened, each counted for every peer.
         journal: Bytes of changes kept in the journal, by document.
+        checkpoints: How many checkpoints there are.
+        checkpoint_at: When the newest was made, in seconds since 1970; None without one.
+        tiers: The tiers of checkpoints, by URL.
     """
 
     is_open: bool
@@ -30,6 +43,9 @@ class Glance:
     missing: int
     copies: int
     journal: dict[str, int]
+    checkpoints: int = 0
+    checkpoint_at: float | None = None
+    tiers: dict[str, TierHealth] = field(default_factory=dict)
 
     @property
     def disk_free(self) -> int | None:

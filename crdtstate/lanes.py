@@ -33,7 +33,9 @@ sees it. pycrdt is imported here and in `native` only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import gc
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from pycrdt import Doc
@@ -612,6 +614,13 @@ class Lanes:
         """
         self._doc.apply_update(update)
         self._updates.clear()
+        touched = self.enter(plan)
+        if self._garbage > GARBAGE_MAX:
+            self._renew()
+        return touched
+
+    def enter(self, plan: Plan) -> list[str]:
+        """Bring the index after a checked change; return the paths that changed."""
         lane = self.lane(plan.writer)
         lane.clock = plan.clock
         for clock in plan.groups:
@@ -634,8 +643,6 @@ class Lanes:
             else:
                 lane.close_group(lane.groups[clock])
         self.look_at(touched)
-        if self._garbage > GARBAGE_MAX:
-            self._renew()
         return touched
 
     # State
@@ -660,7 +667,7 @@ class Lanes:
         It goes into a fresh Doc, never into the living one. Raises InvalidUpdate, and what
         pycrdt raises; then nothing changed.
         """
-        lanes, containers = _read_state(state, version)
+        lanes, containers = read_state(state, version, check_stored)
         doc: Doc[Any] = Doc(client_id=self.writer)
         doc.apply_update(state)
         self._replace(doc)
@@ -708,8 +715,26 @@ def _locate(
     return parent, key
 
 
-def _read_state(state: bytes, version: Version) -> tuple[dict[int, Lane], dict[str, Container]]:
-    """Parse a whole document at *version* into lanes and index. Raises InvalidUpdate."""
+@contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """Let Python look for cycles later: what a load allocates has none, and going through all of
+    it again and again takes half of the time."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@_collector_at_rest()
+def read_state(
+    state: bytes, version: Version, check: Callable[[str, Slot, int, Version], None]
+) -> tuple[dict[int, Lane], dict[str, Container]]:
+    """Parse a whole document at *version* into lanes and index, and *check* each slot: its path,
+    itself, its writer and *version* are given. Raises InvalidUpdate."""
     lanes: dict[int, Lane] = {}
     containers: dict[str, Container] = {}
     for writer, parsed in guard.parse_state(state).items():
@@ -743,7 +768,7 @@ def _read_state(state: bytes, version: Version) -> tuple[dict[int, Lane], dict[s
                 if path in lane.places:
                     raise InvalidUpdate(f"path {path!r} has two slots in a lane (L4)")
                 slot = Slot.decode(content)
-                _check_stored(path, slot, writer, version)
+                check(path, slot, writer, version)
                 lane.place(segment, path, clock)
                 container, _, key = path.partition(SEPARATOR)
                 if container not in containers:
@@ -765,7 +790,8 @@ def _bury(lane: Lane, segment: Segment, path: str, clock: int, length: int) -> N
     lane.items[tail] = (segment, path)
 
 
-def _check_stored(path: str, slot: Slot, writer: int, version: Version) -> None:
+def check_stored(path: str, slot: Slot, writer: int, version: Version) -> None:
+    """Check a slot of a state that comes from anybody. Raises InvalidUpdate."""
     if slot.seq > version.get(writer, 0):
         raise InvalidUpdate(f"slot {path!r} is newer than its document")
     if writer in slot.covers:

@@ -21,8 +21,9 @@ Only a member's neighbours watch it: on TCP a killed process shows at once, a bl
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -461,3 +462,14 @@ def _mix(record: Record) -> int:
     """A record's share of the fingerprint. Who is gone has none: each forgets it in its own time,
     and nobody is to be reminded of it."""
     return 0 if record.is_gone else mix(record.session, record.writer, record.order)
+
+
+def rendezvous(subject: str, names: Collection[str]) -> str:
+    """Which of *names* is the one for *subject*: the same for all who know the same names, and if
+    it goes, only its subjects move (Thaler & Ravishankar, "A name-based mapping scheme for
+    rendezvous", 1996)."""
+
+    def weight(name: str) -> tuple[bytes, str]:
+        return hashlib.blake2b(f"{subject}\0{name}".encode(), digest_size=8).digest(), name
+
+    return max(names, key=weight)

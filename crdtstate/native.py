@@ -35,6 +35,7 @@ from crdtstate.guard import encode_deletes
 from crdtstate.native_guard import (
     ARRAY,
     CHANGE_BYTES_MAX,
+    MAP,
     TEXT,
     Known,
     check_change,
@@ -204,7 +205,7 @@ class Native:
             pairs = [(root, base.get(name, type=type(root))) for name, root in roots]
             for living, wanted in pairs:
                 _mend(living, wanted)
-        if any(_content(living) != _content(wanted) for living, wanted in pairs):
+        if any(content(living) != content(wanted) for living, wanted in pairs):
             self._start()
             return
         # What came and went since then comes out of another Doc as mere tombstones.
@@ -218,6 +219,20 @@ class Native:
         reader = Decoder(self._doc.get_state())
         read = reader.read_var_uint
         return {read(): read() for _ in range(read())}.get(self.writer, 0)
+
+    # Reading
+
+    def contents(self) -> dict[str, Text | Array[Any] | YMap[Any]]:
+        """The roots that hold something, open edits not included, as they are now: in a Doc of
+        their own, which nobody observes."""
+        doc: Doc[Any] = Doc()
+        doc.apply_update(self.state())
+        kinds = {TEXT: Text, ARRAY: Array, MAP: YMap}
+        roots = {
+            name: doc.get(name, type=kinds[kind])
+            for name, kind in sorted(self._known.kinds().items())
+        }
+        return {name: root for name, root in roots.items() if len(root)}
 
     # Replicating
 
@@ -298,7 +313,7 @@ def _merge(updates: list[bytes]) -> bytes:
 # Going back
 
 
-def _content(value: Any) -> Any:
+def content(value: Any) -> Any:
     """What a value reads as; equal only if the types are: 1.0 is not True here."""
     match value:
         case str():
@@ -306,13 +321,13 @@ def _content(value: Any) -> Any:
         case Text():
             return [Text, *_runs(value)]
         case Array():
-            return [Array, *map(_content, value)]
+            return [Array, *map(content, value)]
         case YMap():
-            return [YMap, {key: _content(value[key]) for key in list(value.keys())}]
+            return [YMap, {key: content(value[key]) for key in list(value.keys())}]
         case dict():
-            return {key: _content(inner) for key, inner in value.items()}
+            return {key: content(inner) for key, inner in value.items()}
         case list():
-            return [_content(inner) for inner in value]
+            return [content(inner) for inner in value]
         case int() | float() if not isinstance(value, bool):
             # An int beyond 2**53 stays one only where it was written.
             return float, repr(float(value))
@@ -324,7 +339,7 @@ def _mend(living: Any, wanted: Any) -> None:
     Doc, does not have."""
     match living, wanted:
         case Text(), Text():
-            if _content(living) != _content(wanted):
+            if content(living) != content(wanted):
                 _mend_text(living, wanted)
         case Array(), Array():
             for at, value in enumerate(wanted):
@@ -332,13 +347,13 @@ def _mend(living: Any, wanted: Any) -> None:
                 if at < len(living) and _item(living, at) == _item(wanted, at):
                     _mend(living[at], value)
                 else:
-                    _put(value, partial(living.insert, at))
+                    put_copy(value, partial(living.insert, at))
         case YMap(), YMap():
             for key in list(wanted.keys()):
                 if key in living:
                     _mend(living[key], wanted[key])
                 else:
-                    _put(wanted[key], partial(living.__setitem__, key))
+                    put_copy(wanted[key], partial(living.__setitem__, key))
 
 
 def _item(array: Array[Any], at: int) -> bytes:
@@ -346,35 +361,36 @@ def _item(array: Array[Any], at: int) -> bytes:
 
 
 def _mend_text(living: Text, wanted: Text) -> None:
-    have = deque((_content(value), _size(value)) for value, _, _ in _cells(living))
+    have = deque((content(value), size_of(value)) for value, _, _ in cells_of(living))
     if sum(size for _, size in have) != len(living):
         return  # An embedded string: it looks like text. That it stays is noticed later.
     lost: list[tuple[bool, _Cell]] = []
-    for cell in _cells(wanted):
-        is_lost = not have or have[0][0] != _content(cell[0])
+    for cell in cells_of(wanted):
+        is_lost = not have or have[0][0] != content(cell[0])
         lost.append((is_lost, cell))
         if not is_lost:
             have.popleft()
     at = 0
     for (is_lost, (is_text, _)), run in groupby(lost, key=lambda pair: (pair[0], pair[1][2])):
         cells = [cell for _, cell in run]
-        attributes = _plain(cells[0][1])
+        attributes = plain(cells[0][1])
         if is_lost and is_text:
             living.insert(at, "".join(value for value, _, _ in cells), attributes)
         elif is_lost:
             for value, _, _ in reversed(cells):
-                _put(value, partial(living.insert_embed, at, attrs=attributes))
-        at += sum(_size(value) for value, _, _ in cells)
-    if _content(living) != _content(wanted):
-        _mend_formats(living, wanted)
+                put_copy(value, partial(living.insert_embed, at, attrs=attributes))
+        at += sum(size_of(value) for value, _, _ in cells)
+    if content(living) != content(wanted):
+        mend_formats(living, wanted)
 
 
-def _mend_formats(living: Text, wanted: Text) -> None:
-    clear = {name: None for _, attributes, _ in _cells(living) for name in attributes}
+def mend_formats(living: Text, wanted: Text) -> None:
+    """Format *living*, which has the same characters, as *wanted* is."""
+    clear = {name: None for _, attributes, _ in cells_of(living) for name in attributes}
     at = 0
     for value, attributes in wanted.diff():
-        end = at + _size(value)
-        living.format(at, end, clear | _plain(attributes or {}))
+        end = at + size_of(value)
+        living.format(at, end, clear | plain(attributes or {}))
         at = end
 
 
@@ -382,14 +398,15 @@ def _runs(text: Text) -> Iterator[tuple[Any, Any]]:
     """What a text reads as; pycrdt may cut a run in two where nothing changes."""
     for style, runs in groupby(text.diff(), key=_style):
         parts = [part for part, _ in runs]
-        yield style, "".join(parts) if style[0] else [_content(part) for part in parts]
+        yield style, "".join(parts) if style[0] else [content(part) for part in parts]
 
 
 _Cell = tuple[Any, dict[str, Any], tuple[bool, Any]]
 """``(value, attributes, style)`` of a character or embed of a text."""
 
 
-def _cells(text: Text) -> list[_Cell]:
+def cells_of(text: Text) -> list[_Cell]:
+    """The characters and embeds of a text."""
     cells: list[_Cell] = []
     for run in text.diff():
         part, attributes = run
@@ -400,30 +417,31 @@ def _cells(text: Text) -> list[_Cell]:
 
 def _style(run: tuple[Any, dict[str, Any] | None]) -> tuple[bool, Any]:
     """Whether a run of a text is characters, and how it is formatted."""
-    return isinstance(run[0], str), _content(run[1] or {})
+    return isinstance(run[0], str), content(run[1] or {})
 
 
-def _size(value: Any) -> int:
+def size_of(value: Any) -> int:
+    """How far a character or embed moves the index of a text."""
     return len(value.encode()) if isinstance(value, str) else 1
 
 
-def _put(value: Any, put: Callable[[Any], None]) -> None:
+def put_copy(value: Any, put: Callable[[Any], None]) -> None:
     """Have *put* put a copy of *value* where it belongs."""
     if not isinstance(value, SHARED):
-        put(_plain(value))
+        put(plain(value))
         return
     made = type(value)()
     put(made)
     _mend(made, value)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What pycrdt takes for what it gave: of a bytearray in a list it silently makes None."""
     match value:
         case bytearray():
             return bytes(value)
         case list():
-            return [_plain(inner) for inner in value]
+            return [plain(inner) for inner in value]
         case dict():
-            return {key: _plain(inner) for key, inner in value.items()}
+            return {key: plain(inner) for key, inner in value.items()}
     return value

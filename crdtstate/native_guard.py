@@ -122,6 +122,11 @@ class Known:
     def roots(self) -> set[str]:
         return {place.root for places in self._places.values() for place in places if place}
 
+    def kinds(self) -> dict[str, int]:
+        """What each root is: `ARRAY`, `MAP` or `TEXT`. One of which all is deleted may pass for a
+        map."""
+        return {root: self._roots.get(root, (MAP, None))[0] for root in self.roots()}
+
     def roots_of(self, ranges: Ranges) -> set[str]:
         """The roots that these items stand in."""
         roots: set[str] = set()

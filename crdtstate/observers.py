@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, TypeVar
 
 from crdtstate.arguments import check_event
+from crdtstate.clock import Dot
 from crdtstate.crdts import Map, Register
 from crdtstate.document import Document
 from crdtstate.errors import ReplicaClosed, UsageError
@@ -56,8 +57,8 @@ class Observers:
         # Wakes those who iterate over events.
         self._listening: set[asyncio.Event] = set()
         self._is_closed = False
-        # Where values met that nobody has resolved yet: (document, path).
-        self._contested: set[tuple[str, str]] = set()
+        # Where values met that nobody has resolved yet: (document, path) -> which.
+        self._contested: dict[tuple[str, str], frozenset[Dot]] = {}
 
     # Watching
 
@@ -152,11 +153,12 @@ class Observers:
         name = container[1:]
         view = Map(document, name) if kind == "m" else Register(document, name)
         found = view.candidates_of(key) if contested else []
-        if found and place not in self._contested:
-            self._contested.add(place)
+        dots = frozenset(candidate.dot for candidate in found)
+        if found and self._contested.get(place) != dots:
+            self._contested[place] = dots
             self.tell(ConflictFound(document.name, KINDS[kind], name, key, tuple(found)))
         elif not found and place in self._contested:
-            self._contested.discard(place)
+            del self._contested[place]
             event = _changed(document, kind, name, key, agent, False)
             self.tell(ConflictResolved(document.name, KINDS[kind], name, key, event.value, agent))
 

@@ -18,21 +18,27 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
-from crdtstate import arguments, sync, wire
+from crdtstate import announcements, arguments, sync, wire
+from crdtstate.audit import KINDS, Audit, Query, Record
 from crdtstate.borrowing import Loan, borrow, lease_limit
+from crdtstate.checkpoints import Checkpoint, Checkpoints, Pruning, Verification, default_tier
 from crdtstate.clock import Cut, Version
 from crdtstate.config import Config
+from crdtstate.conflict import Conflict
 from crdtstate.connections import FAREWELL, Connections
 from crdtstate.consistency import Confirm, Confirmation, Receipt, StrongRead, StrongWrite
-from crdtstate.document import Document, EngineFailure
+from crdtstate.cutting import Cutter
+from crdtstate.document import Delivery, Document, EngineFailure
 from crdtstate.documents import DocumentSet
 from crdtstate.errors import (
     CorruptStore,
+    CRDTStateError,
     InvalidUpdate,
     ReplicaClosed,
     StoreError,
@@ -41,19 +47,33 @@ from crdtstate.errors import (
     UsageError,
     WaitTimeout,
 )
-from crdtstate.events import EditsUndone, Event, IdentityRollback, PeerRejected, StoreFailed
+from crdtstate.events import (
+    ConflictFound,
+    EditsUndone,
+    Event,
+    IdentityRollback,
+    PeerRejected,
+    StoreFailed,
+)
 from crdtstate.glance import Glance
 from crdtstate.identity import draw_writer, may_keep_writer
 from crdtstate.link import takes
-from crdtstate.membership import Member
+from crdtstate.lookback import HistoryReader, Lookback, Point
+from crdtstate.membership import Member, rendezvous
 from crdtstate.observers import Observers
+from crdtstate.past import Difference, Past
+from crdtstate.retention import Retention
+from crdtstate.rewrite import Reverted
 from crdtstate.saving import Saving
+from crdtstate.slots import SEPARATOR
 from crdtstate.stores import Entry, Saved, Store
 from crdtstate.stores.journal import Journal
 from crdtstate.stores.memory import MemoryStore
+from crdtstate.tiers import Tier
 from crdtstate.transports import Http, Listener, listen
 from crdtstate.transports import lan as lan_module
 from crdtstate.values import pack, unpack
+from crdtstate.votes import Electorate
 
 log = logging.getLogger("crdtstate")
 
@@ -109,6 +129,13 @@ class Replica(DocumentSet):
             Needs the extra ``crdtstate[lan]``.
         tls: The certificate to show with ``listen="wss://..."``; for peers, whom to trust.
         http: Answers plain HTTP requests on the listening port.
+        checkpoints: The tiers that keep checkpoints, nearest first, such as ``["memory://",
+            "sqlite:///agent.ckpt.db", "s3://bucket/run"]``. The first of SQLite, else the first
+            of all, is the primary, in which alone they must succeed. If the last is another one
+            of SQLite or S3, it is the archive for old ones. With it, a checkpoint is made every
+            `Config.checkpoint_interval`. None: only when asked, beside the store
+            (``<store>.checkpoints``, made then), or in memory if there is none.
+        retention: Which checkpoints are kept; see `Retention`.
 
     Raises:
         UsageError: An argument cannot be.
@@ -130,6 +157,8 @@ class Replica(DocumentSet):
         lan: str | None = None,
         tls: ssl.SSLContext | None = None,
         http: Http | None = None,
+        checkpoints: Iterable[str | Tier] | None = None,
+        retention: Retention | None = None,
     ) -> None:
         arguments.check_agent(agent)
         arguments.check_peers(peers)
@@ -163,6 +192,7 @@ class Replica(DocumentSet):
         self._state: Literal["new", "open", "closed"] = "new"
         self._store: Store
         self._sync: sync.Sync
+        self._lookback: Lookback
         self._loop: asyncio.AbstractEventLoop
         self._saving: Saving
         self._connections = Connections(
@@ -177,8 +207,16 @@ class Replica(DocumentSet):
         # What came and went, for metrics.
         self.traffic = self._connections.traffic
         self._observers = Observers(agent, self.config.events_max, self._wake)
+        self._interval = 0.0 if checkpoints is None else self.config.checkpoint_interval
+        tiers, made_late = default_tier(self._store_path)
+        if checkpoints is not None:
+            tiers, made_late = arguments.check_checkpoints(checkpoints), None
+        arguments.check_retention(retention)
+        self._checkpoints = Checkpoints(
+            agent, tiers, self.config, self._emit, retention=retention, made_late=made_late
+        )
         self._listener: Listener | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         # Where the pump is: called soon, or running.
         self._is_awake = False
         self._is_pumping = False
@@ -187,6 +225,7 @@ class Replica(DocumentSet):
         self._base: dict[str, int] = {}
         self._opened: dict[str, int] = {}
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+        self._audit = Audit(self, self._tell_decided)
         # Peer -> what was refused of it the last time, of the last few.
         self._rejected: dict[str, str] = {}
 
@@ -203,13 +242,17 @@ class Replica(DocumentSet):
             self._state = "open"
             if self._listen_url is not None:
                 await self._listen(self._listen_url)
+            await self._open_checkpoints()
         except BaseException:
             self._state = "closed"
             self._connections.close()
             self._observers.close()
+            for task in self._tasks:
+                task.cancel()
             try:
                 if self._listener is not None:
                     await self._listener.close()
+                await self._checkpoints.release()
             finally:
                 self._store.close(clean=False)
             raise
@@ -234,6 +277,7 @@ class Replica(DocumentSet):
         if self._state != "open":
             return
         try:
+            await self._checkpoints.close()
             self._seal_quietly()
             self._pump()
             if self._is_leasing:
@@ -251,6 +295,7 @@ class Replica(DocumentSet):
                 if self._listener is not None:
                     await self._listener.close()
                 await asyncio.gather(*self._tasks, return_exceptions=True)
+                await self._checkpoints.release()
             finally:
                 # Also if who closes it is cancelled meanwhile.
                 self._let_go()
@@ -270,10 +315,11 @@ class Replica(DocumentSet):
         self.address = self._listener.address
         self._sync.introduce(self._hello(), self._loop.time())
 
-    def _spawn(self, work: Any, name: str) -> None:
-        task: asyncio.Task[None] = self._loop.create_task(work, name=f"{self.agent}: {name}")
+    def _spawn(self, work: Any, name: str) -> asyncio.Task[Any]:
+        task: asyncio.Task[Any] = self._loop.create_task(work, name=f"{self.agent}: {name}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _open_store(self) -> Store:
         if self._store_path is None:
@@ -296,11 +342,22 @@ class Replica(DocumentSet):
             self._sync.restore(name, version, store.floor(name), store.size(name))
             self._clock.observe(self._documents[name].stamp, 2**47)
         self._saving = Saving(self._store, self._sync, self._emit, self._wake)
+        self._lookback = Lookback(
+            self,
+            self._store,
+            self._sync,
+            self._checkpoints,
+            settle=self._settle,
+            wait_until=self._wait_until,
+            takes=lambda name: takes(self._subscribe, name),
+        )
         self._connections.open(self._sync)
         self._saving.start(self.agent, self._writer)
+        self._audit.begin()
 
     def _load(self, item: Saved | Entry, only: Document | None = None) -> None:
         what = "snapshot"
+        self._audit.is_loading = True
         try:
             if isinstance(item, Saved):
                 self.load_snapshot(item.document, item.data, only)
@@ -311,6 +368,8 @@ class Replica(DocumentSet):
             path = self._store.path or "memory"
             hint = f"check it with: crdtstate verify {path}"
             raise CorruptStore(path, f"document {item.document!r}: {what}: {exc}; {hint}") from exc
+        finally:
+            self._audit.is_loading = False
 
     # Borrowing a writer
 
@@ -372,7 +431,12 @@ class Replica(DocumentSet):
     def _make(self, name: str, shared: bool) -> Document:
         document = super()._make(name, shared)
         document.strong = self
+        document.recall = lambda container, key: self._recall(name, container, key)
         return document
+
+    def _delivered(self, delivery: Delivery) -> None:
+        super()._delivered(delivery)
+        self._audit.note(delivery)
 
     def _check_usable(self) -> None:
         if self._state == "new":
@@ -472,6 +536,315 @@ class Replica(DocumentSet):
         finally:
             machine.close()
 
+    # Checkpoints
+
+    async def checkpoint(self, label: str = "") -> Checkpoint:
+        """Make a checkpoint: all documents at one moment, everything written so far included.
+
+        It is in the primary tier when this returns, read back and verified; the other tiers get
+        it afterwards. One with a *label* is kept longer, see `Retention`.
+
+        Raises:
+            CheckpointFailed: The primary tier, or the store, does not work. Nothing was made.
+            UsageError: *label* cannot be one; up to 200 printable characters can.
+        """
+        self._check_usable()
+        self._check_settled()
+        return await self._checkpoints.create(label)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """The checkpoints of this agent, oldest first."""
+        return self._checkpoints.saved()
+
+    async def verify(self, id: str, *, tier: str | None = None) -> Verification:
+        """Read all of a checkpoint, in all tiers that have it or in the one with the URL *tier*,
+        and compare it with its hashes.
+
+        Raises:
+            CorruptCheckpoint: No tier that was asked has all of it as it was written.
+            TierError: The tiers that may have it cannot be asked.
+            UnknownCheckpoint: There is none with this id.
+        """
+        self._check_usable()
+        return await self._checkpoints.verify(id, tier)
+
+    async def prune_checkpoints(self, *, dry_run: bool = False) -> Pruning:
+        """Let go of the checkpoints that *retention* does not keep, as is done after each new one;
+        with *dry_run* only say which."""
+        self._check_usable()
+        return await self._checkpoints.prune(dry_run=dry_run)
+
+    def why_kept(self, id: str) -> str:
+        """Why a checkpoint is kept, in words. Raises UnknownCheckpoint."""
+        return self._checkpoints.why_kept(id)
+
+    async def _open_checkpoints(self) -> None:
+        cutter = Cutter(self, self._store, self._sync, self._settle, self._wait_until)
+        checkpoints, interval = self._checkpoints, self._interval
+        await checkpoints.open(cutter, self._spawn, self._announce, interval)
+
+    def _settle(self) -> None:
+        """Seal what is open and hand it to the store."""
+        if self._transaction is None:
+            self._seal_quietly()
+        self._pump()
+
+    def _announce(self, checkpoint: Checkpoint) -> None:
+        if takes(self._subscribe, announcements.DOCUMENT):
+            try:
+                announcements.announce(self, checkpoint)
+            except CRDTStateError as exc:
+                log.info("%s: checkpoint %s is not announced: %s", self.agent, checkpoint.id, exc)
+
+    # The past
+
+    async def at(self, point: Point, *, documents: Iterable[str] | None = None) -> Past:
+        """The documents as they were: ``past = await replica.at(id); past.map("plan")["goal"]``.
+
+        A `Past` can be read like a replica and not be written. *point* is a checkpoint or its id,
+        which are read from the tiers that have it, or a version that `version()` gave, which is
+        rebuilt from the journal, or from the checkpoint before it and the journal.
+
+        Args:
+            documents: Only these; the others then read as empty.
+
+        Raises:
+            PastForgotten: Nothing leads to this version any more: the journal keeps the newest
+                `Config.log_bytes` of changes. It says what is the oldest that can be had.
+            UnknownCheckpoint, CorruptCheckpoint, TierError: The checkpoint cannot be read.
+            UsageError: The version has changes that are not here yet.
+        """
+        self._check_usable()
+        self._check_settled()
+        return await self._lookback.at(point, documents)
+
+    async def diff(
+        self,
+        since: Point,
+        until: Point | None = None,
+        *,
+        documents: Iterable[str] | None = None,
+        paths: Iterable[str] | None = None,
+    ) -> list[Difference]:
+        """What reads differently at *until*, or now, than at *since*: place by place, by document
+        and name. Points are those of `at`, and what it raises can be raised.
+
+        Args:
+            documents: Only these. All but those of the system (``@...``) if it is None.
+            paths: Only these: names of views (``plan``), and places in them (``plan['goal']``).
+        """
+        self._check_usable()
+        self._check_settled()
+        return await self._lookback.diff(since, until, documents, paths)
+
+    def history(
+        self,
+        document: str,
+        *,
+        since: Cut | Checkpoint | None = None,
+        until: Cut | Checkpoint | None = None,
+        agent: str | None = None,
+        run: str | None = None,
+        path: str | None = None,
+        limit: int | None = None,
+        tidying: bool = False,
+    ) -> HistoryReader:
+        """The changes of a document in causal order, oldest first, with who made them, why, when,
+        and what they wrote. What the store has not committed yet is not among them.
+
+        Use it with ``for``, or with ``async for`` where there is much: others have their turn
+        after each portion. It takes about as much memory as the document.
+
+        Args:
+            since: What is not to be told. None: from where the journal begins. There, the names
+                of some places may be forgotten, see `PastChange.is_partial`.
+            until: How far to go; None: up to now.
+            agent, run, path: Only changes of this agent, of this run, that wrote this view
+                (``plan``) or place (``plan['goal']``).
+            limit: How many at most.
+            tidying: Also those that changed nothing that can be read.
+
+        Raises:
+            PastForgotten: The journal does not reach back to *since*, or, while it is iterated
+                over, forgets what has not been read yet.
+            UsageError: There is no such document, or *until* is not committed here.
+        """
+        self._check_usable()
+        return self._lookback.history(document, since, until, agent, run, path, limit, tidying)
+
+    async def restore(
+        self,
+        point: Point,
+        *,
+        documents: Iterable[str] | None = None,
+        paths: Iterable[str] | None = None,
+        message: str = "",
+        run: str = "",
+    ) -> list[Difference]:
+        """Bring back what was: afterwards, documents read as they did at *point* (see `at`), and
+        what did not exist then is gone. Returns what it changed; twice in a row, nothing.
+
+        Nothing is rolled back: it is a new change like any other, in one transaction; in several,
+        one after the other, if more than 20,000 places or 2 MB of a document differ. If it fails
+        in the midst, those that were made stay, and can be completed by the same call. It writes
+        over what this replica has seen, conflicts included. What others write at the same time
+        merges as always: at the same place both values stay, and the strategy decides; an
+        increment counts on top; elsewhere nothing is lost. A counter is brought back by the
+        difference: two agents that restore it at once do so twice.
+
+        Args:
+            documents: Only these. All but those of the system (``@...``) if it is None.
+            paths: Only these, as in `diff`; what lies elsewhere stays as it is.
+            message: Why; "restore of ..." if it is empty.
+            run: To which run of the agent it belongs.
+
+        Raises:
+            UsageError: Names or paths name nothing, then or now. Nothing changed.
+        """
+        self._check_usable()
+        self._check_settled()
+        return await self._lookback.restore(point, documents, paths, message, run)
+
+    async def revert(
+        self,
+        *,
+        run: str,
+        document: str | None = None,
+        agent: str | None = None,
+        message: str = "",
+    ) -> Reverted:
+        """Undo what one run wrote, and keep what everybody else has written since.
+
+        Where a value of the run stands, what was there before comes back: the newest value that
+        was not the run's own. What it added to counters is taken off, what it removed comes back.
+        Where others have written over it, it stays as they left it. A text, array or native map
+        comes back if nobody else has edited it since the run began. `Reverted` says what was
+        changed, and what was left and why. Values that the run wrote before the journal begins
+        cannot be told from others' and stay.
+
+        It is a new change, in the run "revert <run>": reverting that brings everything back, and
+        reverting the same run twice does nothing more. Two agents that revert it at the same
+        time take what it added to counters off twice.
+
+        Args:
+            document: Only there; None: in all documents but those of the system.
+            agent: Only what this agent wrote in the run.
+            message: Why; "revert of ..." if it is empty.
+
+        Raises:
+            UsageError: The journal has no changes of such a run. Nothing changed.
+        """
+        self._check_usable()
+        self._check_settled()
+        return await self._lookback.revert(run, document, agent, message)
+
+    # Conflicts
+
+    def vote(self, conflict: Conflict | ConflictFound, value: Any) -> None:
+        """Vote for *value*, one of the candidates of *conflict*, in place of what this agent
+        voted before. It counts where the strategy is ``"vote"``: the value that more than half
+        of `Config.voters` voted for is read on all replicas, from when they have the votes; else
+        the last write. It counts for these candidates only: with another one it is another
+        conflict, and all are asked anew. See `crdtstate.votes`.
+
+        Raises:
+            UsageError: It would not count: no voters are configured, or this agent is none of
+                them; the strategy is another; *value* is none of the candidates; they are not
+                what conflicts there now; `Config.vote_deadline` has passed. Nothing changed.
+        """
+        self._check_usable()
+        config = self.config
+        if not config.voters:
+            raise UsageError("a vote needs voters: give all replicas the same Config(voters=[...])")
+        electorate = Electorate.of(config.voters, config.vote_deadline)
+        self.polls.cast(_as_conflict(conflict), value, electorate)
+
+    def resolve(self, conflict: Conflict | ConflictFound, value: Any) -> None:
+        """Write *value* over the candidates of *conflict*, as a resolution. For who has decided
+        in the meantime: unlike `Map.resolve`, it never writes over a candidate that was not
+        among them.
+
+        Raises:
+            UsageError: They are not what conflicts there now: somebody wrote. Nothing changed.
+        """
+        self._check_usable()
+        found = _as_conflict(conflict)
+        document = self.find(found.document)
+        now = document.conflict(found.kind[0] + found.name, found.key) if document else None
+        if document is None or now is None or now.dots != found.dots:
+            where = f"{found.document}: {found.path}"
+            raise UsageError(f"{where}: not in conflict as given any more; see conflicts()")
+        if found.kind == "map":
+            document.map(found.name).resolve(found.key, value)
+        else:
+            document.register(found.name).resolve(value)
+
+    def is_responsible(self, conflict: Conflict | ConflictFound) -> bool:
+        """Whether this agent is the one to resolve *conflict*, if all agents try alike: the same
+        one everywhere, drawn by a hash from those that are up, relays excepted. While members
+        see each other differently it may be two, or none; two resolutions at once are a conflict
+        again, none is found by who asks again, such as at `MemberDown`."""
+        self._check_usable()
+        subject = _as_conflict(conflict).poll
+        names = {
+            m.agent for m in self.members() if m.state in ("up", "suspected") and m.role == "agent"
+        }
+        return self.role == "agent" and self.agent == rendezvous(subject, names | {self.agent})
+
+    def audit(
+        self,
+        since: datetime | Record | None = None,
+        *,
+        document: str | None = None,
+        agent: str | None = None,
+        kind: str | None = None,
+        limit: int = 1000,
+    ) -> list[Record]:
+        """What was resolved, decided, voted, refused and commanded, as far as it is known here:
+        the newest *limit* records, oldest first. See `crdtstate.audit`.
+
+        Args:
+            since: Recorded here from then on, or after this record.
+            agent: Who did it.
+            kind: ``"resolution"``, ``"decision"``, ``"vote"``, ``"rejection"`` or ``"command"``.
+
+        Raises:
+            UsageError: An argument cannot be.
+            StoreError: The store cannot be read.
+        """
+        self._check_usable()
+        if kind is not None and kind not in KINDS:
+            raise UsageError(f"kind is one of {', '.join(KINDS)}, not {kind!r}")
+        if type(limit) is not int or limit < 1:
+            raise UsageError(f"limit is a number above 0, not {limit!r}")
+        after, since_ms = 0, 0
+        if isinstance(since, Record):
+            after = since.number
+        elif isinstance(since, datetime) and since.tzinfo is not None:
+            since_ms = int(since.timestamp() * 1000)
+        elif since is not None:
+            raise UsageError(f"since is an aware datetime or a record of the audit, not {since!r}")
+        self._settle()
+        query = Query(after, since_ms, document, None, agent, kind, limit)
+        return [Record.read(row) for row in self._store.audit(query)]
+
+    def _recall(self, document: str, container: str, key: str) -> tuple[Record, ...]:
+        """The resolutions at a path; none while the store cannot tell."""
+        query = Query(document=document, place=container + SEPARATOR + key, kind="resolution")
+        if self._state != "open":
+            return ()
+        try:
+            return tuple(Record.read(row) for row in self._store.audit(query._replace(limit=20)))
+        except StoreError as exc:
+            log.warning("%s: the audit cannot be read: %s", self.agent, exc)
+            return ()
+
+    def _tell_decided(self, place: tuple[str, str, str], agent: str) -> None:
+        """Votes decide something else at a place than before: it reads differently."""
+        name, container, key = place
+        paths = [container + SEPARATOR + key]
+        self._observers.tell_paths(self._documents[name], paths, agent, local=False)
+
     # Presence
 
     def present(self, value: Any, *, ttl: float = 30.0) -> None:
@@ -558,8 +931,13 @@ class Replica(DocumentSet):
         await self._until(is_synced, timeout, "the peers")
 
     async def _until(self, ready: Callable[[], bool], timeout: float | None, what: str) -> None:
-        self._check_usable()
         self._check_settled()
+        await self._wait_until(ready, what, timeout)
+
+    async def _wait_until(
+        self, ready: Callable[[], bool], what: str, timeout: float | None = None
+    ) -> None:
+        self._check_usable()
         self._pump()
         if ready():
             return
@@ -665,6 +1043,7 @@ class Replica(DocumentSet):
             self._sync.missing_count(),
             self._sync.copies,
             {name: self._store.kept(name) for name in self.documents()},
+            *self._checkpoints.glance(),
         )
 
     def __repr__(self) -> str:
@@ -698,6 +1077,7 @@ class Replica(DocumentSet):
             while effects := self._sync.effects():
                 self._carry_out(effects)
                 self._saving.note_progress()
+            self._saving.flush()
             self._arm_timer()
         finally:
             self._is_pumping = False
@@ -734,15 +1114,19 @@ class Replica(DocumentSet):
                 case sync.Transmit(peer):
                     self._connections.transmit(peer)
                 case sync.Persist(number, change):
-                    self._saving.add(number, change)
+                    records = self._audit.take(change.document, change.dot)
+                    self._saving.add(number, change, records)
                 case sync.SaveSnapshot(number, name, version, data):
-                    self._saving.save(number, Saved(name, version, data))
+                    records = self._audit.take_with_snapshot(name)
+                    self._saving.save(number, Saved(name, version, data), records)
                     # What it contains cannot be taken out of the store now (see `_reidentify`).
                     own = version.get(self._writer, 0)
                     self._base[name] = max(own, self._base.get(name, 0))
                 case sync.Delivered(document, change, paths, agent):
                     self.traffic.changes_in += change is not None
                     self._observers.tell_paths(document, paths, agent, local=False)
+                    for event in announcements.heard(document, paths):
+                        self._emit(event)
                 case sync.Fetch(peer, name, ranges):
                     self._saving.fetch(peer, name, ranges)
                 case sync.Dial(url):
@@ -766,6 +1150,8 @@ class Replica(DocumentSet):
             self._rejected[event.agent] = f"refused: {event.reason}"
             if len(self._rejected) > REJECTED_MAX:
                 del self._rejected[next(iter(self._rejected))]
+            if (record := self._audit.rejected(event.agent, event.reason)) is not None:
+                self._saving.note(record)
         self._observers.tell(event)
 
     def _arm_timer(self) -> None:
@@ -830,6 +1216,7 @@ class Replica(DocumentSet):
             self._sync.reidentify_later()
             return
         self._writer = new
+        self._checkpoints.disown(old, self._base)
         self._base = {}
         self._opened = {}
         self._sync.reidentified(self._hello(), self._loop.time())
@@ -841,8 +1228,17 @@ class Replica(DocumentSet):
 
         for document in list(self._documents.values()):
             self.reload(document, new, load)
+        self._audit.begin()
         self._emit(IdentityRollback(old, new, reason))
         self._wake()
+
+
+def _as_conflict(conflict: Conflict | ConflictFound) -> Conflict:
+    if isinstance(conflict, ConflictFound):
+        return conflict.conflict
+    if isinstance(conflict, Conflict):
+        return conflict
+    raise UsageError(f"give what conflicts() or ConflictFound gave, not {conflict!r}")
 
 
 def _is_anywhere(address: str | None) -> bool:

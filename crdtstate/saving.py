@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from crdtstate import sync
+from crdtstate.audit import Draft
 from crdtstate.change import Change
 from crdtstate.errors import CorruptStore
 from crdtstate.events import Event, StoreFailed, StoreRecovered
@@ -45,6 +46,8 @@ class Saving:
         self._loop = asyncio.get_running_loop()
         # What is handed over next: (the core's number, entry).
         self._batch: list[tuple[int, Entry]] = []
+        # What the audit records with it.
+        self._records: list[Draft] = []
         # What was handed over: (ticket, the core's number).
         self._tickets: deque[tuple[int, int]] = deque()
         # The same, of what is committed and not synced.
@@ -69,6 +72,7 @@ class Saving:
     def close(self) -> None:
         """Write what waits, if the store can, and close it."""
         self._is_closed = True
+        self.flush()
         self._store.close(clean=True)
 
     @property
@@ -78,24 +82,41 @@ class Saving:
 
     # Into the store
 
-    def add(self, number: int, change: Change) -> None:
-        """Put a change into the batch that is handed over next."""
+    def add(self, number: int, change: Change, records: Sequence[Draft] = ()) -> None:
+        """Put a change, and the *records* of it, into the batch that is handed over next."""
         entry = Entry(change.document, change.writer, change.seq, change.data)
         self._batch.append((number, entry))
+        self._records += records
+
+    def note(self, record: Draft) -> None:
+        """Put a record into the batch that is handed over next, soon."""
+        self._records.append(record)
+        self._wake()
 
     def flush(self) -> None:
         """Hand over the batch."""
-        if self._batch:
-            ticket = self._store.append([entry for _, entry in self._batch])
-            self._tickets.append((ticket, self._batch[-1][0]))
+        if self._batch or self._records:
+            records, self._records = self._records, []
+            ticket = self._store.append([entry for _, entry in self._batch], records)
+            if self._batch:
+                self._tickets.append((ticket, self._batch[-1][0]))
             if self._store.failure is not None:
                 self.unsaved_bytes += sum(len(entry.data) for _, entry in self._batch)
+                self.unsaved_bytes += sum(len(record.data) for record in records)
             self._batch.clear()
+            if records:
+                self._trim()
 
-    def save(self, number: int, saved: Saved) -> None:
-        """Hand over a snapshot, after all that was added before."""
+    def _trim(self) -> None:
+        config = self._core.config
+        self._store.trim_audit(int(config.audit_max), int(config.audit_bytes))
+
+    def save(self, number: int, saved: Saved, records: Sequence[Draft] = ()) -> None:
+        """Hand over a snapshot and the *records* of it, after all that was added before."""
         self.flush()
-        self._store.compact(saved, int(self._core.config.log_bytes))
+        self._store.compact(saved, int(self._core.config.log_bytes), records)
+        if records:
+            self._trim()
         if self._store.failure is not None:
             self.unsaved_bytes += len(saved.data)
         # An empty batch, whose ticket tells when the snapshot before it is committed.

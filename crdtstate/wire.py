@@ -28,8 +28,8 @@ import msgpack
 import zstandard
 
 from crdtstate.clock import SEQ_MAX, WRITER_MAX, Version
-from crdtstate.config import VOTERS_MAX
 from crdtstate.errors import ProtocolError, UsageError
+from crdtstate.votes import VOTERS_MAX
 
 PROTOCOL_MIN = PROTOCOL_MAX = 1
 """The oldest and the newest meaning of frames spoken here, for Hello."""

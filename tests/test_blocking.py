@@ -15,6 +15,7 @@ from crdtstate import (
     Changed,
     Config,
     Confirm,
+    MemberUp,
     ReplicaClosed,
     UnsupportedValue,
     UsageError,
@@ -317,3 +318,48 @@ def test_it_confirms_reads_strongly_and_shows_itself(tmp_path: Path) -> None:
         assert [(member.agent, member.state) for member in ann.members()] == [("ann", "up")]
         with ann.transaction(), pytest.raises(UsageError, match="nothing can be waited for"):
             plan.get_strong("owner")
+
+
+# Conflicts
+
+
+def test_conflicts_are_voted_on_resolved_and_audited() -> None:
+    config = Config(voters=["ann", "bob"])
+    with (
+        Replica("ann", listen="ws://127.0.0.1:0", config=config) as ann,
+        Replica("bob", peers=[ann.address], config=config) as bob,
+    ):
+
+        def even() -> None:
+            ann.wait_for(bob.version(), timeout=20)
+            bob.wait_for(ann.version(), timeout=20)
+
+        even()
+        ann.map("plan").use_strategy("max", prefix="best/")
+        ann.map("plan").use_strategy("vote")
+        with ann.transaction():
+            ann.map("plan")["goal"] = "a"
+            bob.map("plan")["goal"] = "b"
+            ann.map("plan")["best/run"] = 7
+            bob.map("plan")["best/run"] = 5
+        even()
+        assert bob.map("plan")["best/run"] == 7
+        assert bob.map("plan").strategy_of("best/run") == "max"
+        for agent in (ann, bob):
+            (goal,) = [each for each in agent.conflicts() if each.key == "goal"]
+            agent.vote(goal, "a")
+        even()
+        assert bob.map("plan")["goal"] == ann.map("plan")["goal"] == "a"
+        for agent in (ann, bob):
+            seen: queue.Queue[MemberUp] = queue.Queue()
+            agent.on(MemberUp, seen.put)
+            while len(agent.members()) < 2:
+                seen.get(timeout=20)
+        assert ann.is_responsible(goal) != bob.is_responsible(goal)
+        bob.resolve(goal, "settled")
+        even()
+        assert [(r.kind, r.chosen) for r in ann.audit(kind="resolution")] == [
+            ("resolution", "settled")
+        ]
+        assert [r.kind for r in bob.audit(bob.audit()[0], limit=5)] == ["decision", "resolution"]
+        assert [c.key for c in bob.conflicts()] == ["best/run"]

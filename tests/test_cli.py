@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import configparser
 import json
 import os
@@ -25,12 +26,13 @@ import apsw
 import pytest
 from test_relay import BARE
 
-from crdtstate import __version__, blocking, cli, strategy
+from crdtstate import Config, __version__, blocking, cli, strategy
 from crdtstate.change import Origin, encode_change
 from crdtstate.clock import Dot
 from crdtstate.relay.settings import KEYS, Settings
 from crdtstate.stores import Entry
 from crdtstate.stores.journal import Journal
+from crdtstate.tiers import open_tier
 
 LOCAL = "ws://127.0.0.1:0"
 NOBODY = "ws://127.0.0.1:9"
@@ -347,6 +349,68 @@ def test_a_store_is_verified(run, tmp_path):
     assert result.code == 1 and json.loads(result.out)["problems"]
 
 
+def test_conflicts_are_listed_explained_and_audited(run, relay, tmp_path):
+    store = tmp_path / "ann.db"
+    config = Config(voters=["ann", "bob"])
+    with (
+        blocking.Replica("ann", store=store, peers=[relay], config=config) as ann,
+        blocking.Replica("bob", peers=[relay], config=config) as bob,
+    ):
+
+        def even() -> None:
+            for one, other in ((ann, bob), (bob, ann)):
+                other.wait_for(one.version(), timeout=20)
+                one.synced(timeout=20)
+
+        even()
+        ann.document("cf").register("leader", strategy="vote")
+        with ann.transaction():
+            ann.document("cf").register("leader").value = "ann\x1b[2J"
+        bob.document("cf").register("leader").value = "bob"
+        even()
+        assert ann.conflicts() != []
+        for agent in (ann, bob):
+            (conflict,) = [each for each in agent.conflicts() if each.document == "cf"]
+            agent.vote(conflict, "ann\x1b[2J")
+        even()
+        assert ann.is_responsible(conflict) != bob.is_responsible(conflict)
+
+        shown = run("conflicts")
+        assert shown.code == 0 and "\x1b" not in shown.out
+        assert 'cf/register/leader = "ann\\u001b[2J"  (vote)\n' in shown.out
+        assert ", votes: ann, bob\n" in shown.out
+        (found,) = [c for c in json.loads(run("conflicts --json").out) if c["place"][:3] == "cf/"]
+        assert (found["rule"], found["strategy"]) == ("vote", "vote")
+        assert found["votes"] == [
+            {"agent": name, "value": "ann\x1b[2J", "counts": True} for name in ("ann", "bob")
+        ]
+        told = run("explain cf/register/leader")
+        assert told.code == 0 and "(vote)" in told.out and "vote of bob for" in told.out
+        assert "\x1b" not in told.out
+        told = json.loads(run("explain cf/register/leader --json").out)
+        assert [c["agent"] for c in told["candidates"]] in (["ann", "bob"], ["bob", "ann"])
+        assert run("explain cf/map/plan").code == 2
+
+        ann.resolve(conflict, "ann")
+        assert [r.kind for r in ann.audit(document="cf")] == ["vote", "decision", "resolution"]
+        ann.durable()
+        audited = run(f"audit {store} --kind resolution --document cf")
+        assert audited.code == 0 and "\x1b" not in audited.out
+        assert len(lines(audited.out)) == 1 and "leader = 'ann' (resolve)" in audited.out
+        (record,) = map(json.loads, lines(run(f"audit {store} --limit 1 --json").out))
+        assert (record["rule"], record["chosen"]) == ("resolve", "ann")
+        assert run(f"audit {store} --kind nothing").code == 2
+        assert run(f"audit {tmp_path / 'absent.db'}").code == 1
+        even()
+    with closing(apsw.Connection(str(store), vfs="cksmvfs")) as db:
+        db.execute("UPDATE audit SET agent = 'eve' WHERE id = ?", (record["number"],))
+    result = run(f"verify {store}")
+    assert result.code == 1
+    assert lines(result.out) == [
+        f"table audit, row {record['number']}: was altered, or what is before it (wrong SHA-256)"
+    ]
+
+
 def test_another_programs_file_is_no_store(run, tmp_path):
     diary = tmp_path / "diary.db"
     with closing(apsw.Connection(str(diary))) as db:
@@ -407,13 +471,76 @@ def test_help_is_for_people(run):
     whole = run("--help")
     assert whole.code == 0
     commands = ("demo", "relay", "get", "set", "increment", "watch", "peers", "status", "verify")
-    for command in (*commands, "simulate"):
+    for command in (*commands, "simulate", "conflicts", "explain", "audit"):
         assert command in whole.out
         result = run(f"{command} --help")
         assert result.code == 0
         assert f"Example: crdtstate {command} " in result.out
         assert "--json" in result.out
     assert run("--version") == (0, f"crdtstate {__version__}\n", "")
+
+
+# Checkpoints
+
+
+def test_checkpoints_are_made_listed_and_verified(run, tmp_path):
+    store = tmp_path / "agent 7.db"
+    with blocking.Replica("agent-7", store=store) as replica:
+        replica.map("plan")["goal"] = "ship"
+    quoted = shlex.quote(str(store))
+
+    first = run(f"checkpoints create {quoted} --label before")
+    assert first.code == 0 and first.err == ""
+    second = json.loads(run(f"checkpoints create {quoted} --json").out)
+    found = json.loads(run(f"checkpoints list {quoted} --json").out)
+
+    assert [each["id"] for each in found] == [first.out.strip(), second["id"]]
+    assert [each["label"] for each in found] == ["before", ""]
+    assert found[0]["agent"] == "agent-7" and found[0]["documents"] == {"main": 1}
+    table = lines(run(f"checkpoints list {shlex.quote(f'{store}.checkpoints')}").out)
+    assert table[0].split() == ["AGENT", "ID", "MADE", "BYTES", "LABEL"]
+    assert table[1].split()[:2] == ["agent-7", first.out.strip()] and len(table) == 3
+    verified = run(f"checkpoints verify {quoted}")
+    assert verified.code == 0
+    assert lines(verified.out) == [f"agent-7 {each['id']}: intact" for each in found]
+    assert run(f"checkpoints list {quoted} --agent other --json").out == "[]\n"
+
+    code, out, err = run(f"checkpoints verify {quoted} {1:016x}-{1:016x}")
+    assert (code, out) == (1, "") and "there is no checkpoint" in err
+    assert run(f"checkpoints list {tmp_path}/none.db").err.endswith("none.db.checkpoints\n")
+    assert not (tmp_path / "none.db").exists()
+    assert "no such file" in run(f"checkpoints create {tmp_path}/none.db").err
+
+
+def test_damaged_checkpoints_are_named(run, tmp_path):
+    url = f"sqlite:///{tmp_path}/c.db"
+    store = tmp_path / "agent.db"
+    with blocking.Replica("agent", store=store, checkpoints=[url]) as replica:
+        replica.map("plan")["goal"] = "ship"
+        id = replica.checkpoint().id
+    part = alter(url, "/parts/")
+
+    code, out, err = run(f"checkpoints verify {url}")
+    assert code == 1 and "damaged: 1 checkpoint" in err
+    assert out.startswith(f"agent {id}: ") and part in out
+    alter(url, "/manifests/")
+    found = json.loads(run(f"checkpoints verify {url} --json").out)
+    assert [(each["agent"], each["id"]) for each in found] == [("agent", id)]
+    assert found[0]["problem"].startswith("its manifest: ")
+    assert run(f"checkpoints list {url} --json").out == "[]\n"
+
+
+def alter(url: str, kind: str) -> str:
+    """Put something else in a tier in place of what is there; returns its key."""
+
+    async def put() -> str:
+        tier = await open_tier(url)
+        (key,) = [item.key for item in await tier.items("") if kind in item.key]
+        await tier.put(key, b"something else")
+        await tier.close()
+        return key
+
+    return asyncio.run(put())
 
 
 # The settings of a relay
@@ -466,6 +593,7 @@ def test_each_setting_can_come_from_everywhere(run, tmp_path, monkeypatch):
         "advertise": ("wss://relay.example/mesh", "wss://relay.example/mesh"),
         "store": ("a.db", "a.db"),
         "peers": (["ws://a:1", "ws://b:1"], "ws://a:1, ws://b:1"),
+        "checkpoints": (["memory://", "sqlite:///c.db"], "memory:// sqlite:///c.db"),
         "durability": ("power", "power"),
         "name": ("n", "n"),
         "drain": (0.5, "0.5"),
@@ -490,7 +618,7 @@ def test_each_setting_can_come_from_everywhere(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "error"),
     [
-        ("sore = 'x'", "unknown key 'sore'; there are advertise, attached, drain, durability, "),
+        ("sore = 'x'", "unknown key 'sore'; there are advertise, attached, checkpoints, drain, "),
         ("[config]\nheart = 1", "unknown key 'heart' in [config]; there are "),
         ("[relay]", "unknown key 'relay'"),
         ("config = 3", "config is a table: write [config]"),
@@ -500,6 +628,8 @@ def test_each_setting_can_come_from_everywhere(run, tmp_path, monkeypatch):
         ("peers = 'ws://a:1'", "peers must be a list of strings, not 'ws://a:1'"),
         ("peers = ['ws://a:1', 'b']", "peers must be a URL like ws://127.0.0.1:8765, not 'b'"),
         ("durability = 'hope'", 'durability must be "process" or "power", not \'hope\''),
+        ("checkpoints = ['ftp://x']", "checkpoints: 'ftp://x' is no tier: there are memory://"),
+        ("checkpoints = ['memory://', 'memory://']", "checkpoints names 1 to 8 tiers, each once"),
         ("drain = '5'", "drain must be a number, not '5'"),
         ("drain = nan", "drain must be a number from 0 to 600, not nan"),
         ("drain = true", "drain must be a number, not True"),

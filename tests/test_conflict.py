@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crdtstate.clock import Stamp
-from crdtstate.conflict import Candidate, explain, known_strategies, resolver, same, strategy
+from crdtstate.conflict import (
+    Candidate,
+    decide,
+    explain,
+    known_strategies,
+    resolver,
+    same,
+    strategy,
+)
 from crdtstate.errors import UnknownStrategy, UsageError
 
 values = st.recursive(
@@ -100,7 +109,7 @@ def test_an_unknown_strategy_says_what_is_known() -> None:
 
 
 def test_an_explanation_names_winner_losers_and_rule() -> None:
-    told = explain("plan['goal']", "lww", candidates_of(["old", "new"]))
+    told = explain("plan['goal']", candidates_of(["old", "new"]), partial(decide, "lww"))
 
     assert (told.value, told.rule) == ("new", "lww")
     assert told.winner == told.candidates[1]
@@ -113,7 +122,7 @@ def test_an_explanation_names_winner_losers_and_rule() -> None:
 
 
 def test_a_value_that_a_strategy_built_has_no_winner() -> None:
-    told = explain("k", "merge", candidates_of([["a"], ["b"]]))
+    told = explain("k", candidates_of([["a"], ["b"]]), partial(decide, "merge"))
 
     assert told.value == ["a", "b"]
     assert told.winner is None

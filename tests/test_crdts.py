@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from crdtstate import crdts as crdts_module
 from crdtstate import document as document_module
+from crdtstate.conflict import strategy
 from crdtstate.errors import CRDTStateError, UnknownStrategy, UnsupportedValue, UsageError
 from crdtstate.slots import NO_COVERS
 
@@ -496,3 +497,217 @@ def test_native_types_and_views_live_in_different_documents() -> None:
             use("x")
     with pytest.raises(UsageError, match="not shared"):
         agent.document("main", shared=True)
+
+
+# Strategies by prefix
+
+
+prefixes = st.sampled_from(["", "s", "score/", "score/team/"])
+names = st.sampled_from(["lww", "max", "min", None])
+settings_made = st.lists(st.tuples(st.integers(0, 2), prefixes, names), max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(made=settings_made, seed=st.integers(0, 2**16))
+def test_strategies_by_prefix_are_read_the_same_everywhere(
+    made: list[tuple[int, str, str | None]], seed: int
+) -> None:
+    rng = random.Random(seed)
+    agents = [Agent(writer) for writer in (1, 2, 3)]
+    for number, agent in enumerate(agents):
+        for key in ("goal", "score/a", "score/team/b"):
+            agent.map("view")[key] = rng.choice([0, 5, 9]) + number
+    for who, prefix, name in made:
+        agents[who].map("view").use_strategy(name, prefix=prefix)
+        if rng.random() < 0.3:
+            exchange(agents[who], rng.choice(agents))
+    for agent in agents:
+        agent.sealed()
+    late = Agent(9)
+    for agent in [*agents, late]:
+        deliver_in_any_order(agent, agents, rng)
+    joined = Agent(10)
+    joined.load(late)
+
+    for agent in (*agents, joined):
+        assert dict(agent.map("view")) == dict(late.map("view"))
+        assert agent.map("view").strategies() == late.map("view").strategies()
+        assert [c.strategy for c in agent.conflicts()] == [c.strategy for c in late.conflicts()]
+
+
+def test_the_longest_prefix_decides_and_nothing_is_rewritten() -> None:
+    one, two = Agent(1), Agent(2)
+    for agent, number in ((one, 9), (two, 1)):
+        for key in ("goal", "score/a", "score/team/b", "score"):
+            agent.map("plan")[key] = number
+    exchange(one, two)
+    plan = one.map("plan")
+    assert dict(plan) == {"goal": 1, "score/a": 1, "score/team/b": 1, "score": 1}
+    before = {key: plan.live(key) for key in plan}
+
+    plan.use_strategy("max", prefix="score/")
+    plan.use_strategy("lww", prefix="score/team/")
+    exchange(one, two)
+    for agent in (one, two):
+        assert dict(agent.map("plan")) == {"goal": 1, "score/a": 9, "score/team/b": 1, "score": 1}
+    plan.use_strategy("max")
+    assert plan.strategies() == {"": "max", "score/": "max", "score/team/": "lww"}
+    assert plan.strategy_of("score/team/b") == "lww" and plan.strategy_of("goal") == "max"
+    plan.use_strategy(None, prefix="score/team/")
+    plan.use_strategy(None)
+    exchange(one, two)
+    for agent in (one, two):
+        assert dict(agent.map("plan")) == {"goal": 1, "score/a": 9, "score/team/b": 9, "score": 1}
+        assert agent.map("plan").strategy == "lww"
+        assert agent.map("plan").strategies() == {"score/": "max"}
+        assert {key: agent.map("plan").live(key) for key in before} == before
+    assert one.map("planet").strategies() == {}
+    assert plan.explain("score/a").rule == "max"
+
+
+def test_a_prefix_that_cannot_be_is_refused() -> None:
+    one = Agent(1)
+    with pytest.raises(UnknownStrategy):
+        one.map("plan").use_strategy("nobody", prefix="a")
+    with pytest.raises(UnsupportedValue, match="keys are str"):
+        one.map("plan").use_strategy("max", prefix=7)  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedValue, match="too long for a prefix"):
+        one.map("ä" * 200).use_strategy("max", prefix="ä" * 350)
+    assert one.sealed() == []
+
+
+def test_the_longest_place_for_a_strategy_is_taken_in_by_others() -> None:
+    one, two = Agent(1), Agent(2)
+    one.map("p" * 200).use_strategy("max", prefix="x" * 780)
+    exchange(one, two)
+
+    assert two.map("p" * 200).strategy_of("x" * 790) == "max"
+
+
+def test_registers_change_their_strategy_too() -> None:
+    one, two = Agent(1), Agent(2)
+    one.register("best").value, two.register("best").value = 9, 1
+    exchange(one, two)
+    assert two.register("best").value == 1
+    two.register("best").use_strategy("max")
+    exchange(one, two)
+    assert one.register("best").value == 9
+    one.register("best").use_strategy(None)
+    exchange(one, two)
+    assert two.register("best").value == 1
+
+
+# The inbox
+
+
+def test_the_inbox_says_what_is_read_and_why() -> None:
+    one, two = Agent(1), Agent(2)
+    one.map("plan", strategy="max")
+    for agent, number in ((one, 9), (two, 1)):
+        agent.map("plan")["goal"] = number
+        agent.document("other").register("leader").value = number
+    exchange(one, two)
+
+    goal, leader = two.conflicts()
+    assert (goal.path, goal.value, goal.rule, goal.strategy) == ("plan['goal']", 9, "max", "max")
+    assert (leader.document, leader.path, leader.value, leader.rule) == (
+        "other",
+        "leader",
+        1,
+        "lww",
+    )
+    assert goal.dots == {c.dot for c in goal.candidates} == {(1, 1), (2, 1)}
+    assert two.count_conflicts() == 2
+
+
+def test_the_inbox_does_not_fail_where_a_strategy_does() -> None:
+    @strategy("fails-of-test")
+    def fails(candidates: Any) -> Any:
+        raise ZeroDivisionError
+
+    one, two = Agent(1), Agent(2)
+    one.map("plan", strategy="fails-of-test")
+    for agent in (one, two):
+        agent.map("plan")["goal"] = agent.agent
+    exchange(one, two)
+
+    (found,) = two.conflicts()
+    assert (found.rule, found.strategy, found.value) == ("unknown", "fails-of-test", None)
+    with pytest.raises(ZeroDivisionError):
+        two.map("plan")["goal"]
+
+
+# Resolutions
+
+
+def watched(agent: Agent) -> list[Any]:
+    """What an agent's documents tell of resolutions from now on."""
+    found: list[Any] = []
+    honest = agent._delivered
+
+    def delivered(delivery: Any) -> None:
+        found.extend(
+            (r.conflict.path, r.agent, r.value, r.rule, len(r.conflict.candidates))
+            for r in delivery.resolutions
+        )
+        honest(delivery)
+
+    for name in agent.documents():
+        agent.document(name).on_delivered = delivered
+    return found
+
+
+def test_a_write_over_a_conflict_is_told_by_all_as_a_resolution() -> None:
+    one, two, three = agents = [Agent(1), Agent(2), Agent(3)]
+    for agent in agents:
+        agent.map("plan")["goal"] = agent.agent
+        agent.register("r").value = agent.agent
+        agent.map("plan")["calm"] = 1
+    exchange(*agents)
+    told = [watched(agent) for agent in agents]
+
+    two.map("plan")["goal"] = "first"
+    two.map("plan")["goal"] = "then"
+    two.map("plan")["calm"] = 2
+    two.sealed()
+    two.register("r").resolve("agent-1")
+    exchange(*agents)
+    one.map("plan")["goal"] = "nothing conflicted"
+    exchange(*agents)
+
+    expected = [
+        ("plan['goal']", "agent-2", "then", "write", 3),
+        ("r", "agent-2", "agent-1", "resolve", 3),
+    ]
+    assert [sorted(each) for each in told] == [expected] * 3
+
+
+def test_what_is_undone_resolved_nothing() -> None:
+    one, two = Agent(1), Agent(2)
+    for agent in (one, two):
+        agent.map("plan")["goal"] = agent.agent
+    exchange(one, two)
+    told = watched(one)
+    with pytest.raises(ZeroDivisionError), one.transaction():
+        one.map("plan")["goal"] = "never"
+        raise ZeroDivisionError
+    one.map("plan")["other"] = 1
+    exchange(one, two)
+    assert told == [] and len(two.conflicts()) == 1
+
+
+def test_a_candidate_that_comes_while_a_write_is_open_is_met_when_written_over_again() -> None:
+    one, two, three = Agent(1), Agent(2), Agent(3)
+    for agent in (one, two, three):
+        agent.map("plan")["goal"] = agent.agent
+    exchange(one, two)
+    told = watched(one)
+    one.map("plan")["goal"] = "open"
+    three.sealed()
+    one.receive(three.outbox[0])
+    assert len(one.map("plan").conflicts()["goal"]) == 2
+    one.map("plan")["goal"] = "all"
+    exchange(one, two, three)
+
+    assert told == [("plan['goal']", "agent-1", "all", "write", 3)]
+    assert three.map("plan")["goal"] == "all" and three.conflicts() == []

@@ -29,6 +29,21 @@ from crdtstate.lanes import Lanes
 # Transactions
 
 
+def test_what_is_written_others_can_take_in_also_with_the_longest_names() -> None:
+    one, two = Agent(1), Agent(2)
+    name, fits = "\U0001f600" * 200, "\U0001f600" * 49
+    one.map(name)[fits] = "longest"
+    for key in (fits + "xxx", "\U0001f600" * 200):
+        with pytest.raises(UnsupportedValue, match="bytes together; 1000 is the limit"):
+            one.map(name)[key] = "too long"
+        with pytest.raises(UnsupportedValue, match="bytes together; 1000 is the limit"):
+            one.set(name).add(key)
+
+    exchange(one, two)
+
+    assert two.map(name) == {fits: "longest"} and not two.set(name)
+
+
 def test_a_transaction_is_one_change_with_its_provenance() -> None:
     agent = Agent(1, "ann")
 

@@ -36,6 +36,12 @@ release: eve
 tokens: 615
 lessons: 6
 """,
+    "resolving_conflicts.py": """\
+resolved: ship it well
+best: 9
+leader: bob by vote
+audit: ['resolution by resolve', 'vote by vote', 'decision by vote']
+""",
     "blocking_agent.py": """\
 the relay has: {'task-0': 0, 'task-1': 1, 'task-2': 4, 'task-3': 9, 'task-4': 16, 'task-5': 25, \
 'task-6': 36, 'task-7': 49}

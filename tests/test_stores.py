@@ -262,6 +262,18 @@ def test_the_oldest_contained_changes_are_forgotten_until_few_enough_bytes_stay(
     assert len(read(opened.store, "plan", BERT, 3, 5)) == 3
 
 
+def test_the_snapshot_of_one_document_can_be_read_alone(open_store: Opener) -> None:
+    opened = open_store()
+    opened.append(change("plan", ANNA, 1), change("notes", ANNA, 1))
+    opened.compact("plan", {ANNA: 1})
+    opened.append(change("plan", ANNA, 2))
+
+    assert opened.store.saved("plan") == saved("plan", {ANNA: 1})
+    assert opened.store.saved("notes") is None and opened.store.saved("tasks") is None
+    opened.compact("plan", {ANNA: 2})
+    assert opened.store.saved("plan") == saved("plan", {ANNA: 2})
+
+
 def test_what_the_snapshot_does_not_contain_is_never_forgotten(open_store: Opener) -> None:
     opened = open_store()
     opened.append(*changes("plan", ANNA, 1, 3), *changes("plan", BERT, 1, 3))

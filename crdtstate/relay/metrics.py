@@ -102,6 +102,7 @@ class Metrics:
             glance.missing,
         )
         yield from self._of_the_documents(glance.journal)
+        yield from _of_the_checkpoints(glance)
         yield from _of_the_file(glance)
         yield _counter(
             "events_total",
@@ -241,6 +242,30 @@ def _resident_bytes() -> int | None:
     except OSError:
         return None
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _of_the_checkpoints(glance: Glance) -> Iterator[Family]:
+    if glance.checkpoint_at is not None:
+        # By the wall clock, which can have been set back since.
+        age = max(0.0, time.time() - glance.checkpoint_at)
+        yield _gauge("checkpoint_age_seconds", "Since the newest checkpoint was made.", age)
+    yield _gauge("checkpoints", "Checkpoints that can be loaded.", glance.checkpoints)
+    tiers = [({"tier": url}, health) for url, health in glance.tiers.items()]
+    yield _gauge(
+        "tier_checkpoints",
+        "Checkpoints in a tier.",
+        [(labels, health.checkpoints) for labels, health in tiers],
+    )
+    yield _gauge(
+        "tier_failing",
+        "Whether a tier of checkpoints does not work.",
+        [(labels, int(health.failure is not None)) for labels, health in tiers],
+    )
+    yield _counter(
+        "tier_failures_total",
+        "How often a tier of checkpoints has failed.",
+        [(labels, health.failures) for labels, health in tiers],
+    )
 
 
 def _of_the_file(glance: Glance) -> Iterator[Family]:

@@ -45,6 +45,7 @@ async def serve(settings: Settings, announce: Callable[[str], object]) -> None:
         listen=settings.listen,
         advertise=settings.advertise,
         peers=settings.peers,
+        checkpoints=settings.checkpoints or None,
         config=settings.config,
         durability=settings.durability,
         role="relay",

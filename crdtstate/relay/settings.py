@@ -22,6 +22,7 @@ from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
+from crdtstate.arguments import check_checkpoints
 from crdtstate.config import Config
 from crdtstate.errors import UsageError
 
@@ -43,6 +44,7 @@ class Settings:
             all interfaces.
         store: The SQLite file that keeps everything; None: memory only.
         peers: URLs of other relays.
+        checkpoints: The tiers that keep checkpoints, nearest first; none: none are made.
         durability: What a commit survives: a kill, or a power cut as well.
         name: What peers see.
         tls_certificate: The certificate chain to show, in PEM; wss:// needs it.
@@ -58,6 +60,7 @@ class Settings:
     advertise: str | None = None
     store: str | None = None
     peers: tuple[str, ...] = ()
+    checkpoints: tuple[str, ...] = ()
     durability: Durability = "process"
     name: str = "relay"
     tls_certificate: str | None = None
@@ -280,6 +283,14 @@ def _check_peers(found: _Given) -> None:
             raise _refused(found._replace(value=url), f"a URL like {DEFAULT_LISTEN}")
 
 
+def _check_checkpoints(found: _Given) -> None:
+    try:
+        if found.value:
+            check_checkpoints(found.value)
+    except UsageError as exc:
+        raise UsageError(f"{found.label}: {exc}") from exc
+
+
 def _check_name(found: _Given) -> None:
     if not (0 < len(found.value) <= 100 and found.value.isprintable()):
         raise _refused(found, "1 to 100 printable characters")
@@ -299,6 +310,7 @@ CHECKS: dict[str, Callable[[_Given], None]] = {
     "listen": _check_listen,
     "advertise": _check_listen,
     "peers": _check_peers,
+    "checkpoints": _check_checkpoints,
     "name": _check_name,
     "drain": _check_drain,
     "store": _check_path,

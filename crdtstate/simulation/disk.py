@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
+from crdtstate.audit import Draft
 from crdtstate.clock import Version
 from crdtstate.identity import Session
 from crdtstate.stores import Entry, Saved
@@ -52,16 +53,16 @@ class Image(MemoryStore):
         twin.versions = {name: version.copy() for name, version in self.versions.items()}
         return twin
 
-    def append(self, entries: Sequence[Entry]) -> int:
+    def append(self, entries: Sequence[Entry], records: Sequence[Draft] = ()) -> int:
         """Keep *entries*."""
         for entry in entries:
             self.versions.setdefault(entry.document, Version())[entry.writer] = entry.seq
-        return super().append(entries)
+        return super().append(entries, records)
 
-    def compact(self, saved: Saved, keep_bytes: int) -> None:
+    def compact(self, saved: Saved, keep_bytes: int, records: Sequence[Draft] = ()) -> None:
         """Keep *saved* and forget old changes that it contains."""
         self.versions.setdefault(saved.document, Version()).merge(saved.version)
-        super().compact(saved, keep_bytes)
+        super().compact(saved, keep_bytes, records)
 
     def forget(self, writer: int, after: Mapping[str, int]) -> None:
         """Remove the changes of *writer* above ``after[document]``."""

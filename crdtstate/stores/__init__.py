@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from crdtstate.audit import Draft, Query, Row
 from crdtstate.clock import Version
 from crdtstate.identity import Session as Session
 
@@ -75,9 +76,16 @@ class Store(Protocol):
             CorruptStore: A row fails its checksum; names the row.
         """
 
-    def append(self, entries: Sequence[Entry]) -> int:
-        """Queue *entries* for one atomic commit and return the ticket. Never raises for the
-        disk's sake: see `failure`."""
+    def saved(self, document: str) -> Saved | None:
+        """The committed snapshot of *document*, if there is one.
+
+        Raises:
+            CorruptStore: It fails its checksum.
+        """
+
+    def append(self, entries: Sequence[Entry], records: Sequence[Draft] = ()) -> int:
+        """Queue *entries*, and the audit's *records* of them, for one atomic commit and return
+        the ticket. Never raises for the disk's sake: see `failure`."""
 
     def hurry(self) -> None:
         """Sync what is committed soon: somebody waits for it. Returns at once."""
@@ -107,9 +115,20 @@ class Store(Protocol):
             StoreUnavailable: The disk refuses; nothing was removed.
         """
 
-    def compact(self, saved: Saved, keep_bytes: int) -> None:
+    def compact(self, saved: Saved, keep_bytes: int, records: Sequence[Draft] = ()) -> None:
         """Keep *saved* as the document's snapshot, in place of the older one, and forget the
-        oldest changes it contains, until what it contains takes at most *keep_bytes*."""
+        oldest changes it contains, until what it contains takes at most *keep_bytes*. The audit's
+        *records* are part of the same commit."""
+
+    def audit(self, query: Query) -> list[Row]:
+        """The newest committed records that *query* admits, oldest first.
+
+        Raises:
+            StoreError: They cannot be read.
+        """
+
+    def trim_audit(self, rows_max: int, bytes_max: int) -> None:
+        """Drop the oldest records until at most so many are left."""
 
     def floor(self, document: str) -> Version:
         """Up to which change of each writer the journal has forgotten; these and older ones can

@@ -1,8 +1,9 @@
 """
 The journal's file: its format, its checksums, its owner, and how to tell that it is damaged.
 
-An SQLite file of four tables: documents (names for numbers), the journal (changes, in the order
-of delivery), snapshots (one per document, with the floor) and epochs (one per session). Damage
+An SQLite file of tables: documents (names for numbers), the journal (changes, in the order of
+delivery), snapshots (one per document, with the floor), epochs (one per session), and the audit
+with the ends of its chain. Damage
 is found, never returned as data: pages carry a checksum (SQLite's checksum VFS), changes a
 CRC-32, snapshots a SHA-256. Only the rotten tail of a WAL goes unnoticed; peers notice it.
 
@@ -30,6 +31,8 @@ import apsw
 import apsw.sqlite_extra
 import msgpack
 
+from crdtstate.audit import NO_HASH, Chain, Query, broken, size_of
+from crdtstate.audit import Row as Record
 from crdtstate.clock import Version
 from crdtstate.document import EngineFailure
 from crdtstate.documents import DocumentSet
@@ -59,6 +62,17 @@ MIGRATIONS: tuple[str, ...] = (
         id INTEGER PRIMARY KEY, agent TEXT NOT NULL, writer INTEGER NOT NULL,
         opened_ms INTEGER NOT NULL, boot TEXT, place TEXT NOT NULL,
         power_safe INTEGER NOT NULL, clean INTEGER NOT NULL DEFAULT 0) STRICT;
+    """,
+    """
+    CREATE TABLE audit(
+        id INTEGER PRIMARY KEY, kind TEXT NOT NULL, agent TEXT NOT NULL, document TEXT NOT NULL,
+        place TEXT NOT NULL, stamp INTEGER NOT NULL, at_ms INTEGER NOT NULL, data BLOB NOT NULL,
+        sha256 BLOB NOT NULL) STRICT;
+    CREATE INDEX audit_place ON audit(document, place);
+    CREATE TABLE audit_chain(
+        id INTEGER PRIMARY KEY CHECK(id = 1), dropped INTEGER NOT NULL, anchor BLOB NOT NULL,
+        newest INTEGER NOT NULL, head BLOB NOT NULL) STRICT;
+    INSERT INTO audit_chain VALUES(1, 0, zeroblob(32), 0, zeroblob(32));
     """,
 )
 """Each brings a file from one schema to the next; a new file has schema 0. Only append to it."""
@@ -239,6 +253,16 @@ def read_session(db: apsw.Connection, host: Host) -> Session:
     return Session(agent, writer, bool(clean), same_boot, same_file, bool(power_safe), writers)
 
 
+def read_agent(path: str | Path) -> str:
+    """The name of the agent that used a store last; raises what `reading` does."""
+    with reading(path) as db:
+        found = db.execute("SELECT agent FROM epoch ORDER BY id DESC LIMIT 1").fetchone()
+    if found is None:
+        raise CorruptStore(path, "nobody has used it yet")
+    agent: str = found[0]
+    return agent
+
+
 def read_indexes(
     db: apsw.Connection, path: str
 ) -> tuple[dict[str, DocumentIndex], array[int], int]:
@@ -273,11 +297,13 @@ def read_indexes(
     return indexes, garbage, newest
 
 
-def snapshots(db: apsw.Connection) -> Iterator[tuple[Saved, bool]]:
-    """Yield all snapshots, and whether they are intact."""
+def snapshots(db: apsw.Connection, number: int | None = None) -> Iterator[tuple[Saved, bool]]:
+    """Yield all snapshots, or that of document *number*, and whether they are intact."""
     for name, version, floor, stored, data in db.execute(
         """SELECT name, version, floor, sha256, data
-        FROM snapshot LEFT JOIN document ON snapshot.document = document.id"""
+        FROM snapshot LEFT JOIN document ON snapshot.document = document.id
+        WHERE ?1 IS NULL OR snapshot.document = ?1""",
+        (number,),
     ):
         is_intact = stored == digest(name, version, floor, data)
         yield Saved(name, unpacked(version) if is_intact else Version(), data), is_intact
@@ -291,6 +317,29 @@ def changes(db: apsw.Connection) -> Iterator[tuple[int, Entry, bool]]:
     ):
         entry = Entry(names.get(number, ""), writer, seq, data)
         yield row, entry, crc == checksum(entry.document, writer, seq, data)
+
+
+READ_AUDIT = "SELECT id, kind, agent, document, place, stamp, at_ms, data, sha256 FROM audit"
+
+
+def read_audit(db: apsw.Connection, query: Query) -> list[Record]:
+    """The newest records of the audit that *query* admits, oldest first."""
+    found = db.execute(
+        f"""{READ_AUDIT} WHERE id > ?1 AND at_ms >= ?2
+        AND (?3 IS NULL OR document = ?3) AND (?4 IS NULL OR place = ?4)
+        AND (?5 IS NULL OR agent = ?5) AND (?6 IS NULL OR kind = ?6)
+        ORDER BY id DESC LIMIT ?7""",
+        query,
+    )
+    return [Record(*row) for row in found][::-1]
+
+
+def read_chain(db: apsw.Connection) -> Chain:
+    """The end of the audit's chain, to go on from."""
+    found: Any = db.execute("SELECT dropped, newest, head FROM audit_chain").fetchone()
+    dropped, newest, head = found or (0, 0, NO_HASH)
+    lengths = db.execute("SELECT length(data) FROM audit ORDER BY id")
+    return Chain(dropped, newest, head, (size_of(length) for (length,) in lengths))
 
 
 def checksum(document: str, writer: int, seq: int, data: bytes) -> int:
@@ -398,6 +447,8 @@ class Verification:
     changes: int
     bytes: int
     """Of the contents of snapshots and changes."""
+    records: int
+    """Of the audit."""
     problems: list[str]
 
 
@@ -414,7 +465,8 @@ def verify(path: str | Path) -> Verification:
     try:
         with reading(path) as db:
             was_at_rest, written = _is_at_rest(path), os.stat(path).st_mtime_ns
-            checks = (_page_problems, _snapshot_problems, _change_problems, _gap_problems)
+            checks: tuple[Check, ...] = (_page_problems, _snapshot_problems, _change_problems)
+            checks += (_gap_problems, _audit_problems)
             problems = _problems(checks, db, path, count)
             if not problems:
                 problems = _problems((_misfits,), db, path, count)
@@ -423,7 +475,12 @@ def verify(path: str | Path) -> Verification:
     if problems and was_at_rest and os.stat(path).st_mtime_ns != written:
         raise StoreUnavailable(path, "it was written to while it was read; try again")
     return Verification(
-        count["documents"], count["snapshots"], count["changes"], count["bytes"], problems
+        count["documents"],
+        count["snapshots"],
+        count["changes"],
+        count["bytes"],
+        count["records"],
+        problems,
     )
 
 
@@ -475,6 +532,26 @@ def _gap_problems(db: apsw.Connection, path: str | Path, count: Counter[str]) ->
     indexes, _, _ = read_indexes(db, str(path))
     count["documents"] = len(indexes)
     yield from ()
+
+
+def _audit_problems(db: apsw.Connection, path: str | Path, count: Counter[str]) -> Iterator[str]:
+    if not db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'audit'").fetchone():
+        # Of an older schema.
+        return
+    ends: Any = db.execute("SELECT dropped, anchor, newest, head FROM audit_chain").fetchall()
+    if len(ends) != 1:
+        yield "table audit_chain: its row is missing"
+        return
+
+    def rows() -> Iterator[Record]:
+        for row in db.execute(f"{READ_AUDIT} ORDER BY id"):
+            count["records"] += 1
+            yield Record(*row)
+
+    try:
+        yield from broken(rows(), *ends[0])
+    except UnicodeDecodeError:
+        yield f"table audit, row {ends[0][0] + count['records'] + 1}: a text is not UTF-8"
 
 
 def _misfits(db: apsw.Connection, path: str | Path, count: Counter[str]) -> Iterator[str]:

@@ -27,6 +27,8 @@ from typing import Literal
 
 import apsw
 
+from crdtstate.audit import Chain, Draft, Query
+from crdtstate.audit import Row as Record
 from crdtstate.clock import Version
 from crdtstate.errors import StoreError
 from crdtstate.stores import Entry, Saved, Session
@@ -41,6 +43,8 @@ from crdtstate.stores.file import (
     digest,
     migrate,
     packed,
+    read_audit,
+    read_chain,
     read_indexes,
     read_session,
     snapshots,
@@ -76,6 +80,12 @@ ADD_CHANGE = "INSERT OR REPLACE INTO journal VALUES(?, ?, ?, ?, ?, ?)"
 ADD_SNAPSHOT = "INSERT OR REPLACE INTO snapshot VALUES(?, ?, ?, ?, ?)"
 DELETE_CHANGE = "DELETE FROM journal WHERE id = ?"
 GET_CHANGE = "SELECT crc, data FROM journal WHERE id = ?"
+ADD_RECORD = "INSERT OR REPLACE INTO audit VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?)"
+END_CHAIN = "UPDATE audit_chain SET newest = ?, head = ?"
+# Its hash is gone if this was written before, by a commit that seemed to fail.
+BEGIN_CHAIN = """UPDATE audit_chain SET dropped = ?1,
+    anchor = coalesce((SELECT sha256 FROM audit WHERE id = ?1), anchor)"""
+DROP_RECORDS = "DELETE FROM audit WHERE id <= ?"
 ADD_EPOCH = """INSERT INTO epoch(agent, writer, opened_ms, boot, place, power_safe)
     VALUES(?, ?, ?, ?, ?, ?)"""
 END_EPOCH = "UPDATE epoch SET clean = ? WHERE id = (SELECT max(id) FROM epoch)"
@@ -136,6 +146,7 @@ class Journal:
         self._indexes: dict[str, DocumentIndex] = {}
         self._new_documents: list[Row] = []
         self._queue: deque[_Work] = deque()
+        self._chain = Chain()
 
         # Under the lock: the connection that writes (None after an error), what it is writing,
         # and the forgotten rows that are still in the file.
@@ -235,6 +246,21 @@ class Journal:
                     raise self._damaged_row(row, entry.document)
                 yield entry
 
+    def saved(self, document: str) -> Saved | None:
+        """
+        The committed snapshot of *document*, if there is one.
+
+        Raises:
+            CorruptStore: It fails its checksum.
+        """
+        number = self._indexes.get(document, NO_CHANGES).number
+        with translated(self._path):
+            for saved, is_intact in snapshots(self._reader, number):
+                if not is_intact:
+                    raise damage(self._path, f"table snapshot, document {document!r}")
+                return saved
+        return None
+
     def read(
         self, document: str, ranges: Sequence[tuple[int, int, int]], size_max: int
     ) -> tuple[list[bytes], bool]:
@@ -257,6 +283,17 @@ class Journal:
                 found.append(data)
         return found, more
 
+    def audit(self, query: Query) -> list[Record]:
+        """
+        The newest committed records that *query* admits, oldest first.
+
+        Raises:
+            StoreError: They cannot be read.
+        """
+        self._write()
+        with translated(self._path):
+            return read_audit(self._reader, query)
+
     def measure(self, document: str, ranges: Sequence[tuple[int, int, int]]) -> int:
         """How many bytes the changes of *ranges* have, as far as they are kept."""
         return self._indexes.get(document, NO_CHANGES).measure(ranges)
@@ -275,8 +312,9 @@ class Journal:
 
     # Writing
 
-    def append(self, entries: Sequence[Entry]) -> int:
-        """Queue *entries* for one atomic commit and return the ticket; see `failure`."""
+    def append(self, entries: Sequence[Entry], records: Sequence[Draft] = ()) -> int:
+        """Queue *entries*, and the audit's *records* of them, for one atomic commit and return
+        the ticket; see `failure`."""
         rows: list[Row] = []
         row = self._row
         for entry in entries:
@@ -288,10 +326,10 @@ class Journal:
             rows.append((row, index.number, writer, seq, crc, data))
         self._row = row
         self._ticket += 1
-        self._submit(ADD_CHANGE, rows, forgotten=())
+        self._submit(ADD_CHANGE, rows, (), records)
         return self._ticket
 
-    def compact(self, saved: Saved, keep_bytes: int) -> None:
+    def compact(self, saved: Saved, keep_bytes: int, records: Sequence[Draft] = ()) -> None:
         """
         Keep *saved* as the document's snapshot and forget old changes that it contains.
 
@@ -302,7 +340,14 @@ class Journal:
         forgotten = index.compact(saved.version, keep_bytes)
         version, floor = packed(saved.version), packed(index.floor())
         sha256 = digest(saved.document, version, floor, saved.data)
-        self._submit(ADD_SNAPSHOT, [(index.number, version, floor, sha256, saved.data)], forgotten)
+        row = (index.number, version, floor, sha256, saved.data)
+        self._submit(ADD_SNAPSHOT, [row], forgotten, records)
+
+    def trim_audit(self, rows_max: int, bytes_max: int) -> None:
+        """Drop the oldest records of the audit until at most so many are left."""
+        before = self._chain.dropped
+        if (dropped := self._chain.trim(rows_max, bytes_max)) > before:
+            self._submit(BEGIN_CHAIN, [(dropped,)], (), (), [(DROP_RECORDS, [(dropped,)])])
 
     def forget(self, writer: int, after: Mapping[str, int]) -> None:
         """
@@ -369,6 +414,7 @@ class Journal:
         db = self._connect_writer()
         self._host.sync_directory()
         self._indexes, self._garbage, self._row = read_indexes(db, self._path)
+        self._chain = read_chain(db)
         self.session = read_session(db, self._host)
         if self._host.has_shared_memory:
             self._reader = connect(self._path, self._host.vfs)
@@ -435,9 +481,20 @@ class Journal:
         self._new_documents.append((number, document))
         return self._indexes[document]
 
-    def _submit(self, sql: str, rows: Sequence[Row], forgotten: Sequence[int]) -> None:
+    def _submit(
+        self,
+        sql: str,
+        rows: Sequence[Row],
+        forgotten: Sequence[int],
+        records: Sequence[Draft],
+        more: Sequence[tuple[str, Sequence[Row]]] = (),
+    ) -> None:
         assert self._is_started and not self._is_closed, "write between start() and close()"
-        work = _Work(self._ticket, [(sql, rows)], forgotten)
+        work = _Work(self._ticket, [(sql, rows), *more], forgotten)
+        if records:
+            linked = list(map(self._chain.add, records))
+            work.statements.append((ADD_RECORD, linked))
+            work.statements.append((END_CHAIN, [(linked[-1].number, linked[-1].hash)]))
         if self._new_documents:
             work.statements.append((ADD_DOCUMENT, self._new_documents))
             self._new_documents = []

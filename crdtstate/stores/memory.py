@@ -7,8 +7,11 @@ is appended is committed and synced at once. It takes as much memory as what it 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 
+from crdtstate.audit import Chain, Draft, Query, Row
 from crdtstate.clock import Version
 from crdtstate.stores import Entry, Saved, Session
 from crdtstate.stores.index import NO_CHANGES, DocumentIndex
@@ -27,6 +30,8 @@ class MemoryStore:
         self._last_row = 0
         self._indexes: dict[str, DocumentIndex] = {}
         self._saved: dict[str, Saved] = {}
+        self._chain = Chain()
+        self._records: deque[Row] = deque()
 
     def start(self, agent: str, writer: int, on_progress: Callable[[], None]) -> None:
         """Nothing to do: there will be no next session, and nothing happens outside of calls."""
@@ -44,6 +49,10 @@ class MemoryStore:
             snapshot = saved.get(entry.document)
             if snapshot is None or not snapshot.version.covers((entry.writer, entry.seq)):
                 yield entry
+
+    def saved(self, document: str) -> Saved | None:
+        """The snapshot of *document*, if there is one."""
+        return self._saved.get(document)
 
     def read(
         self, document: str, ranges: Sequence[tuple[int, int, int]], size_max: int
@@ -70,8 +79,9 @@ class MemoryStore:
 
     # Writing
 
-    def append(self, entries: Sequence[Entry]) -> int:
-        """Keep *entries* and return the ticket."""
+    def append(self, entries: Sequence[Entry], records: Sequence[Draft] = ()) -> int:
+        """Keep *entries* and *records*, and return the ticket."""
+        self._records.extend(map(self._chain.add, records))
         for entry in entries:
             self._last_row += 1
             index = self._indexes.setdefault(entry.document, DocumentIndex())
@@ -94,8 +104,20 @@ class MemoryStore:
                 del self._rows[row]
             index.cut(writer, after.get(document, 0))
 
-    def compact(self, saved: Saved, keep_bytes: int) -> None:
+    def audit(self, query: Query) -> list[Row]:
+        """The newest records that *query* admits, oldest first."""
+        found = (row for row in reversed(self._records) if query.admits(row))
+        return list(islice(found, query.limit))[::-1]
+
+    def trim_audit(self, rows_max: int, bytes_max: int) -> None:
+        """Drop the oldest records until at most so many are left."""
+        dropped = self._chain.trim(rows_max, bytes_max)
+        while self._records and self._records[0].number <= dropped:
+            self._records.popleft()
+
+    def compact(self, saved: Saved, keep_bytes: int, records: Sequence[Draft] = ()) -> None:
         """Keep *saved* as the document's snapshot and forget old changes that it contains."""
+        self._records.extend(map(self._chain.add, records))
         index = self._indexes.setdefault(saved.document, DocumentIndex())
         for row in index.compact(saved.version, keep_bytes):
             del self._rows[row]
