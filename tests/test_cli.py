@@ -366,7 +366,8 @@ def test_conflicts_are_listed_explained_and_audited(run, relay, tmp_path):
         ann.document("cf").register("leader", strategy="vote")
         with ann.transaction():
             ann.document("cf").register("leader").value = "ann\x1b[2J"
-        bob.document("cf").register("leader").value = "bob"
+            # Now: what the transaction says has not left yet.
+            bob.document("cf").register("leader").value = "bob"
         even()
         assert ann.conflicts() != []
         for agent in (ann, bob):
