@@ -15,17 +15,13 @@ from functools import partial
 
 from benchmarks.measure import Effort, Result, at_most, ratio_at_most
 from crdtstate.simulation import Simulation
+from crdtstate.simulation.campaign import FORMED, FORMED_LARGE
 
 SEED = 1
 KEYS = 20
 RATE = 20.0
 """Changes per second of the whole fleet."""
 
-FORMING = 4.0
-FORMING_LARGE = 25.0
-"""Seconds after which a fleet has found itself; above `LARGE` agents it takes longer."""
-
-LARGE = 16
 IDLE = 5.0
 WRITING = 5.0
 FAILED = 0.1
@@ -79,9 +75,10 @@ class _Fleet:
         self._written = 0
 
     def measure(self) -> list[Result]:
-        self._sim.run(FORMING if self._agents <= LARGE else FORMING_LARGE)
+        is_small = self._agents <= self._sim.config.mesh_max
+        self._sim.run(FORMED if is_small else FORMED_LARGE)
         found = [*self._idle(), *self._write()]
-        return [*found, *self._fail()] if self._agents > LARGE else found
+        return found if is_small else [*found, *self._fail()]
 
     def _line(self, what: str, unit: str, ours: float, floor: float | None = None) -> Result:
         name = f"{self._agents}: {what}"
