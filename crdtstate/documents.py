@@ -217,16 +217,17 @@ class DocumentSet:
                 documents are sealed.
         """
         refused: UsageError | None = None
-        tried: set[str] = set()
-        # Sealing what resolves a conflict opens the document of votes.
-        while opened := [name for name in self._open if name not in tried]:
+        stuck: set[str] = set()
+        # Sealing what resolves a conflict opens the document of votes, sealed already or not.
+        while opened := [name for name in self._open if name not in stuck]:
             for name in opened:
-                tried.add(name)
                 try:
                     if name in self._open:
                         self._seal(self._open[name], origin)
                 except UsageError as exc:
                     refused = exc
+                if name in self._open:
+                    stuck.add(name)
         if refused is not None:
             raise refused
 

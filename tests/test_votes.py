@@ -435,7 +435,17 @@ def readings(agent: Agent) -> Any:
     return dict(plan), [(c.key, c.value, c.rule, c.votes) for c in agent.conflicts()]
 
 
+OVER_A_VOTE = [
+    ("write", 0, 0, "a"),
+    ("write", 1, 0, "a"),
+    ("hear", 0, 1, "a"),
+    ("vote", 0, 0, "a"),
+    ("write", 0, 0, "a"),
+]
+
+
 @settings(max_examples=150, deadline=None)
+@example(story=OVER_A_VOTE, seed=0, dead=0)
 @given(story=steps, seed=st.integers(0, 2**16), dead=st.integers(0, 3))
 def test_replicas_of_equal_versions_read_the_same(
     story: list[tuple[str, int, int, str]], seed: int, dead: int
