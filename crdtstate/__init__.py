@@ -26,7 +26,7 @@ The map of the house, from the ground up; a module imports from its own floor an
     floor 4  arguments  glance (how it is doing)  observers (handlers, events)  saving (into the
              store)  connections  borrowing (a writer)  cutting (a moment)  shelf (a tier)
              catalogue  tending (of tiers)  checkpoints  announcements  lookback (into the past)
-             replica (the asyncio shell)
+             keeping  resolving  waiting (what users see of these)  replica (the asyncio shell)
     floor 5  blocking  relay  simulation  demo  cli
 
 Floors 0 to 2 know no clock, socket, disk or thread: time and randomness are arguments.

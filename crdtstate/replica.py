@@ -18,24 +18,19 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
 from crdtstate import announcements, arguments, sync, wire
-from crdtstate.audit import KINDS, Audit, Query, Record
+from crdtstate.audit import Audit
 from crdtstate.borrowing import Loan, borrow, lease_limit
-from crdtstate.checkpoints import Checkpoint, Checkpoints, Pruning, Verification, default_tier
-from crdtstate.clock import Cut, Version
+from crdtstate.checkpoints import Checkpoint, Checkpoints, default_tier
 from crdtstate.config import Config
-from crdtstate.conflict import Conflict
 from crdtstate.connections import FAREWELL, Connections
-from crdtstate.consistency import Confirm, Confirmation, Receipt, StrongRead, StrongWrite
 from crdtstate.cutting import Cutter
 from crdtstate.document import Delivery, Document, EngineFailure
-from crdtstate.documents import DocumentSet
 from crdtstate.errors import (
     CorruptStore,
     CRDTStateError,
@@ -48,7 +43,6 @@ from crdtstate.errors import (
     WaitTimeout,
 )
 from crdtstate.events import (
-    ConflictFound,
     EditsUndone,
     Event,
     IdentityRollback,
@@ -57,13 +51,13 @@ from crdtstate.events import (
 )
 from crdtstate.glance import Glance
 from crdtstate.identity import draw_writer, may_keep_writer
+from crdtstate.keeping import Keeping
 from crdtstate.link import takes
-from crdtstate.lookback import HistoryReader, Lookback, Point
-from crdtstate.membership import Member, rendezvous
+from crdtstate.lookback import Lookback
+from crdtstate.membership import Member
 from crdtstate.observers import Observers
-from crdtstate.past import Difference, Past
+from crdtstate.resolving import Resolving
 from crdtstate.retention import Retention
-from crdtstate.rewrite import Reverted
 from crdtstate.saving import Saving
 from crdtstate.slots import SEPARATOR
 from crdtstate.stores import Entry, Saved, Store
@@ -73,7 +67,7 @@ from crdtstate.tiers import Tier
 from crdtstate.transports import Http, Listener, listen
 from crdtstate.transports import lan as lan_module
 from crdtstate.values import pack, unpack
-from crdtstate.votes import Electorate
+from crdtstate.waiting import Waiting
 
 log = logging.getLogger("crdtstate")
 
@@ -101,7 +95,7 @@ class Peer:
     queued_bytes: int
 
 
-class Replica(DocumentSet):
+class Replica(Waiting, Keeping, Resolving):
     """A set of replicated documents in this process.
 
     Use it as ``async with Replica(...) as replica``: inside, it is recovered, listening and
@@ -417,11 +411,11 @@ class Replica(DocumentSet):
             documents=self._subscribe,
         )
 
-    def document(self, name: str, *, shared: bool = False) -> Document:
-        """See `DocumentSet.document`; of those that this replica subscribes to."""
+    def system_document(self, name: str, *, shared: bool = False) -> Document:
+        """See `DocumentSet.system_document`; of those that this replica subscribes to."""
         if isinstance(name, str) and not takes(self._subscribe, name):
             raise UsageError(f"{name!r} is not among the documents this replica subscribes to")
-        return super().document(name, shared=shared)
+        return super().system_document(name, shared=shared)
 
     def _on_write(self, document: Document) -> None:
         if self._is_between_loans:
@@ -470,124 +464,12 @@ class Replica(DocumentSet):
             self._sync.add_seed(url, self._loop.time())
             self._wake()
 
-    # Consistency
-
-    async def confirm(self, confirm: Confirm, timeout: float | None = None) -> Receipt:
-        """Wait until as many replicas as *confirm* says have everything written here so far.
-
-        Raises:
-            ConfirmTimeout: It took longer than *timeout* seconds; says who has it. What was
-                written stays, and may still get there.
-            UsageError: *confirm* can never be, such as 3 of 2 voters.
-        """
-        if not isinstance(confirm, Confirm):
-            raise UsageError(f"confirm takes crdtstate.Confirm(...), not {confirm!r}")
-        self._check_usable()
-        self._check_settled()
-        self._seal_open()
-        self._pump()
-        writer = self._writer
-        written = {
-            name: Version({writer: version[writer]})
-            for name, version in self.versions()
-            if version.get(writer, 0) > self._opened.get(name, 0)
-        }
-        voters, now = self.config.voters, self._loop.time()
-        confirmation = Confirmation(self._sync, confirm, written, voters, now)
-        await self._run_machine(confirmation, timeout)
-        return confirmation.receipt
-
-    async def read_strong(
-        self, document: Document, container: str, key: str, timeout: float | None
-    ) -> bytes | None:
-        """See `Map.get_strong`."""
-        self._check_usable()
-        self._check_settled()
-        voters, now = self.config.voters, self._loop.time()
-        read = StrongRead(self._sync, document, container, key, voters, now)
-        await self._run_machine(read, timeout)
-        return read.value
-
-    async def write_strong(
-        self, document: Document, container: str, key: str, value: bytes, timeout: float | None
-    ) -> None:
-        """See `Map.set_strong`."""
-        self._check_usable()
-        self._check_settled()
-        voters, now = self.config.voters, self._loop.time()
-        write = StrongWrite(self._sync, document, container, key, voters, now)
-        write.value = value
-        await self._run_machine(write, timeout)
-
-    async def _run_machine(
-        self, machine: Confirmation | StrongRead | StrongWrite, timeout: float | None
-    ) -> None:
-        """Let a machine of `consistency` go on until it is done, or time is up."""
-
-        def poll() -> bool:
-            is_done = machine.poll(self._loop.time())
-            self._wake()
-            return is_done
-
-        try:
-            await self._until(poll, timeout, "other replicas")
-        except WaitTimeout:
-            raise machine.failure(timeout) from None
-        finally:
-            machine.close()
-
-    # Checkpoints
-
-    async def checkpoint(self, label: str = "") -> Checkpoint:
-        """Make a checkpoint: all documents at one moment, everything written so far included.
-
-        It is in the primary tier when this returns, read back and verified; the other tiers get
-        it afterwards. One with a *label* is kept longer, see `Retention`.
-
-        Raises:
-            CheckpointFailed: The primary tier, or the store, does not work. Nothing was made.
-            UsageError: *label* cannot be one; up to 200 printable characters can.
-        """
-        self._check_usable()
-        self._check_settled()
-        return await self._checkpoints.create(label)
-
-    def checkpoints(self) -> list[Checkpoint]:
-        """The checkpoints of this agent, oldest first."""
-        return self._checkpoints.saved()
-
-    async def verify(self, id: str, *, tier: str | None = None) -> Verification:
-        """Read all of a checkpoint, in all tiers that have it or in the one with the URL *tier*,
-        and compare it with its hashes.
-
-        Raises:
-            CorruptCheckpoint: No tier that was asked has all of it as it was written.
-            TierError: The tiers that may have it cannot be asked.
-            UnknownCheckpoint: There is none with this id.
-        """
-        self._check_usable()
-        return await self._checkpoints.verify(id, tier)
-
-    async def prune_checkpoints(self, *, dry_run: bool = False) -> Pruning:
-        """Let go of the checkpoints that *retention* does not keep, as is done after each new one;
-        with *dry_run* only say which."""
-        self._check_usable()
-        return await self._checkpoints.prune(dry_run=dry_run)
-
-    def why_kept(self, id: str) -> str:
-        """Why a checkpoint is kept, in words. Raises UnknownCheckpoint."""
-        return self._checkpoints.why_kept(id)
+    # Checkpoints and the audit
 
     async def _open_checkpoints(self) -> None:
         cutter = Cutter(self, self._store, self._sync, self._settle, self._wait_until)
         checkpoints, interval = self._checkpoints, self._interval
         await checkpoints.open(cutter, self._spawn, self._announce, interval)
-
-    def _settle(self) -> None:
-        """Seal what is open and hand it to the store."""
-        if self._transaction is None:
-            self._seal_quietly()
-        self._pump()
 
     def _announce(self, checkpoint: Checkpoint) -> None:
         if takes(self._subscribe, announcements.DOCUMENT):
@@ -596,254 +478,17 @@ class Replica(DocumentSet):
             except CRDTStateError as exc:
                 log.info("%s: checkpoint %s is not announced: %s", self.agent, checkpoint.id, exc)
 
-    # The past
-
-    async def at(self, point: Point, *, documents: Iterable[str] | None = None) -> Past:
-        """The documents as they were: ``past = await replica.at(id); past.map("plan")["goal"]``.
-
-        A `Past` can be read like a replica and not be written. *point* is a checkpoint or its id,
-        which are read from the tiers that have it, or a version that `version()` gave, which is
-        rebuilt from the journal, or from the checkpoint before it and the journal.
-
-        Args:
-            documents: Only these; the others then read as empty.
-
-        Raises:
-            PastForgotten: Nothing leads to this version any more: the journal keeps the newest
-                `Config.log_bytes` of changes. It says what is the oldest that can be had.
-            UnknownCheckpoint, CorruptCheckpoint, TierError: The checkpoint cannot be read.
-            UsageError: The version has changes that are not here yet.
-        """
-        self._check_usable()
-        self._check_settled()
-        return await self._lookback.at(point, documents)
-
-    async def diff(
-        self,
-        since: Point,
-        until: Point | None = None,
-        *,
-        documents: Iterable[str] | None = None,
-        paths: Iterable[str] | None = None,
-    ) -> list[Difference]:
-        """What reads differently at *until*, or now, than at *since*: place by place, by document
-        and name. Points are those of `at`, and what it raises can be raised.
-
-        Args:
-            documents: Only these. All but those of the system (``@...``) if it is None.
-            paths: Only these: names of views (``plan``), and places in them (``plan['goal']``).
-        """
-        self._check_usable()
-        self._check_settled()
-        return await self._lookback.diff(since, until, documents, paths)
-
-    def history(
-        self,
-        document: str,
-        *,
-        since: Cut | Checkpoint | None = None,
-        until: Cut | Checkpoint | None = None,
-        agent: str | None = None,
-        run: str | None = None,
-        path: str | None = None,
-        limit: int | None = None,
-        tidying: bool = False,
-    ) -> HistoryReader:
-        """The changes of a document in causal order, oldest first, with who made them, why, when,
-        and what they wrote. What the store has not committed yet is not among them.
-
-        Use it with ``for``, or with ``async for`` where there is much: others have their turn
-        after each portion. It takes about as much memory as the document.
-
-        Args:
-            since: What is not to be told. None: from where the journal begins. There, the names
-                of some places may be forgotten, see `PastChange.is_partial`.
-            until: How far to go; None: up to now.
-            agent, run, path: Only changes of this agent, of this run, that wrote this view
-                (``plan``) or place (``plan['goal']``).
-            limit: How many at most.
-            tidying: Also those that changed nothing that can be read.
-
-        Raises:
-            PastForgotten: The journal does not reach back to *since*, or, while it is iterated
-                over, forgets what has not been read yet.
-            UsageError: There is no such document, or *until* is not committed here.
-        """
-        self._check_usable()
-        return self._lookback.history(document, since, until, agent, run, path, limit, tidying)
-
-    async def restore(
-        self,
-        point: Point,
-        *,
-        documents: Iterable[str] | None = None,
-        paths: Iterable[str] | None = None,
-        message: str = "",
-        run: str = "",
-    ) -> list[Difference]:
-        """Bring back what was: afterwards, documents read as they did at *point* (see `at`), and
-        what did not exist then is gone. Returns what it changed; twice in a row, nothing.
-
-        Nothing is rolled back: it is a new change like any other, in one transaction; in several,
-        one after the other, if more than 20,000 places or 2 MB of a document differ. If it fails
-        in the midst, those that were made stay, and can be completed by the same call. It writes
-        over what this replica has seen, conflicts included. What others write at the same time
-        merges as always: at the same place both values stay, and the strategy decides; an
-        increment counts on top; elsewhere nothing is lost. A counter is brought back by the
-        difference: two agents that restore it at once do so twice.
-
-        Args:
-            documents: Only these. All but those of the system (``@...``) if it is None.
-            paths: Only these, as in `diff`; what lies elsewhere stays as it is.
-            message: Why; "restore of ..." if it is empty.
-            run: To which run of the agent it belongs.
-
-        Raises:
-            UsageError: Names or paths name nothing, then or now. Nothing changed.
-        """
-        self._check_usable()
-        self._check_settled()
-        return await self._lookback.restore(point, documents, paths, message, run)
-
-    async def revert(
-        self,
-        *,
-        run: str,
-        document: str | None = None,
-        agent: str | None = None,
-        message: str = "",
-    ) -> Reverted:
-        """Undo what one run wrote, and keep what everybody else has written since.
-
-        Where a value of the run stands, what was there before comes back: the newest value that
-        was not the run's own. What it added to counters is taken off, what it removed comes back.
-        Where others have written over it, it stays as they left it. A text, array or native map
-        comes back if nobody else has edited it since the run began. `Reverted` says what was
-        changed, and what was left and why. Values that the run wrote before the journal begins
-        cannot be told from others' and stay.
-
-        It is a new change, in the run "revert <run>": reverting that brings everything back, and
-        reverting the same run twice does nothing more. Two agents that revert it at the same
-        time take what it added to counters off twice.
-
-        Args:
-            document: Only there; None: in all documents but those of the system.
-            agent: Only what this agent wrote in the run.
-            message: Why; "revert of ..." if it is empty.
-
-        Raises:
-            UsageError: The journal has no changes of such a run. Nothing changed.
-        """
-        self._check_usable()
-        self._check_settled()
-        return await self._lookback.revert(run, document, agent, message)
-
-    # Conflicts
-
-    def vote(self, conflict: Conflict | ConflictFound, value: Any) -> None:
-        """Vote for *value*, one of the candidates of *conflict*, in place of what this agent
-        voted before. It counts where the strategy is ``"vote"``: the value that more than half
-        of `Config.voters` voted for is read on all replicas, from when they have the votes; else
-        the last write. It counts for these candidates only: with another one it is another
-        conflict, and all are asked anew. See `crdtstate.votes`.
-
-        Raises:
-            UsageError: It would not count: no voters are configured, or this agent is none of
-                them; the strategy is another; *value* is none of the candidates; they are not
-                what conflicts there now; `Config.vote_deadline` has passed. Nothing changed.
-        """
-        self._check_usable()
-        config = self.config
-        if not config.voters:
-            raise UsageError("a vote needs voters: give all replicas the same Config(voters=[...])")
-        electorate = Electorate.of(config.voters, config.vote_deadline)
-        self.polls.cast(_as_conflict(conflict), value, electorate)
-
-    def resolve(self, conflict: Conflict | ConflictFound, value: Any) -> None:
-        """Write *value* over the candidates of *conflict*, as a resolution. For who has decided
-        in the meantime: unlike `Map.resolve`, it never writes over a candidate that was not
-        among them.
-
-        Raises:
-            UsageError: They are not what conflicts there now: somebody wrote. Nothing changed.
-        """
-        self._check_usable()
-        found = _as_conflict(conflict)
-        document = self.find(found.document)
-        now = document.conflict(found.kind[0] + found.name, found.key) if document else None
-        if document is None or now is None or now.dots != found.dots:
-            where = f"{found.document}: {found.path}"
-            raise UsageError(f"{where}: not in conflict as given any more; see conflicts()")
-        if found.kind == "map":
-            document.map(found.name).resolve(found.key, value)
-        else:
-            document.register(found.name).resolve(value)
-
-    def is_responsible(self, conflict: Conflict | ConflictFound) -> bool:
-        """Whether this agent is the one to resolve *conflict*, if all agents try alike: the same
-        one everywhere, drawn by a hash from those that are up, relays excepted. While members
-        see each other differently it may be two, or none; two resolutions at once are a conflict
-        again, none is found by who asks again, such as at `MemberDown`."""
-        self._check_usable()
-        subject = _as_conflict(conflict).poll
-        names = {
-            m.agent for m in self.members() if m.state in ("up", "suspected") and m.role == "agent"
-        }
-        return self.role == "agent" and self.agent == rendezvous(subject, names | {self.agent})
-
-    def audit(
-        self,
-        since: datetime | Record | None = None,
-        *,
-        document: str | None = None,
-        agent: str | None = None,
-        kind: str | None = None,
-        limit: int = 1000,
-    ) -> list[Record]:
-        """What was resolved, decided, voted, refused and commanded, as far as it is known here:
-        the newest *limit* records, oldest first. See `crdtstate.audit`.
-
-        Args:
-            since: Recorded here from then on, or after this record.
-            agent: Who did it.
-            kind: ``"resolution"``, ``"decision"``, ``"vote"``, ``"rejection"`` or ``"command"``.
-
-        Raises:
-            UsageError: An argument cannot be.
-            StoreError: The store cannot be read.
-        """
-        self._check_usable()
-        if kind is not None and kind not in KINDS:
-            raise UsageError(f"kind is one of {', '.join(KINDS)}, not {kind!r}")
-        if type(limit) is not int or limit < 1:
-            raise UsageError(f"limit is a number above 0, not {limit!r}")
-        after, since_ms = 0, 0
-        if isinstance(since, Record):
-            after = since.number
-        elif isinstance(since, datetime) and since.tzinfo is not None:
-            since_ms = int(since.timestamp() * 1000)
-        elif since is not None:
-            raise UsageError(f"since is an aware datetime or a record of the audit, not {since!r}")
-        self._settle()
-        query = Query(after, since_ms, document, None, agent, kind, limit)
-        return [Record.read(row) for row in self._store.audit(query)]
-
-    def _recall(self, document: str, container: str, key: str) -> tuple[Record, ...]:
-        """The resolutions at a path; none while the store cannot tell."""
-        query = Query(document=document, place=container + SEPARATOR + key, kind="resolution")
-        if self._state != "open":
-            return ()
-        try:
-            return tuple(Record.read(row) for row in self._store.audit(query._replace(limit=20)))
-        except StoreError as exc:
-            log.warning("%s: the audit cannot be read: %s", self.agent, exc)
-            return ()
-
     def _tell_decided(self, place: tuple[str, str, str], agent: str) -> None:
         """Votes decide something else at a place than before: it reads differently."""
         name, container, key = place
         paths = [container + SEPARATOR + key]
         self._observers.tell_paths(self._documents[name], paths, agent, local=False)
+
+    def _settle(self) -> None:
+        """Seal what is open and hand it to the store."""
+        if self._transaction is None:
+            self._seal_quietly()
+        self._pump()
 
     # Presence
 
@@ -873,90 +518,6 @@ class Replica(DocumentSet):
         if shown.own is not None:
             found[self.agent] = unpack(shown.own)
         return dict(sorted(found.items()))
-
-    # Waiting
-
-    async def durable(self, timeout: float | None = None) -> None:
-        """Wait until everything written so far is committed, as `durability` says.
-
-        Raises:
-            StoreError: The store refuses to write. What was written stays in memory, and is saved
-                when the store works again.
-            WaitTimeout: It took longer than *timeout* seconds.
-        """
-        self._check_usable()
-        self._check_settled()
-        self._seal_open()
-        self._pump()
-        number = self._sync.persisted
-
-        def is_saved() -> bool:
-            if self._store.failure is not None:
-                raise self._store.failure
-            return self._sync.committed_number >= number
-
-        await self._until(is_saved, timeout, "the store to commit")
-
-    async def wait_for(self, version: Cut, timeout: float | None = None) -> None:
-        """Wait until this replica has taken in everything in *version*, another's token.
-
-        Raises:
-            WaitTimeout: It took longer than *timeout* seconds; it may still come.
-        """
-        if not isinstance(version, Cut):
-            raise UsageError("wait_for takes what replica.version() gave; see Cut.parse for text")
-
-        def is_here() -> bool:
-            return all(
-                wanted <= (document.version if (document := self.find(name)) else Version())
-                for name, wanted in version.items()
-                if takes(self._subscribe, name)
-            )
-
-        await self._until(is_here, timeout, "a version")
-
-    async def synced(self, timeout: float | None = None) -> None:
-        """Wait until every connected peer has committed what this replica has, and it what they
-        have. With `peers` given, at least one of them must be connected.
-
-        Raises:
-            WaitTimeout: It took longer than *timeout* seconds.
-        """
-
-        def is_synced() -> bool:
-            if self._open or (self._peer_urls and not self._sync.peers):
-                return False
-            return self._sync.is_synced()
-
-        await self._until(is_synced, timeout, "the peers")
-
-    async def _until(self, ready: Callable[[], bool], timeout: float | None, what: str) -> None:
-        self._check_settled()
-        await self._wait_until(ready, what, timeout)
-
-    async def _wait_until(
-        self, ready: Callable[[], bool], what: str, timeout: float | None = None
-    ) -> None:
-        self._check_usable()
-        self._pump()
-        if ready():
-            return
-        future: asyncio.Future[None] = self._loop.create_future()
-        waiter = (ready, future)
-        self._waiters.append(waiter)
-        try:
-            async with asyncio.timeout(timeout):
-                await future
-        except TimeoutError:
-            troubles = [*self.unreachable().items(), *self._rejected.items()]
-            hints = "".join(f"; {whom}: {why}" for whom, why in troubles)
-            raise WaitTimeout(
-                f"{self.agent}: waited {timeout} s for {what}, with {len(self._sync.peers)} peers "
-                f"connected{hints}"
-            ) from None
-        finally:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
 
     # Watching
 
@@ -1173,16 +734,6 @@ class Replica(DocumentSet):
             self._seal_quietly()
         self._pump()
 
-    def _check_waiters(self) -> None:
-        for ready, future in list(self._waiters):
-            if future.done():
-                continue
-            try:
-                if ready():
-                    future.set_result(None)
-            except Exception as exc:
-                future.set_exception(exc)
-
     # What happens seldom
 
     def _rebuild(self, name: str) -> None:
@@ -1231,14 +782,6 @@ class Replica(DocumentSet):
         self._audit.begin()
         self._emit(IdentityRollback(old, new, reason))
         self._wake()
-
-
-def _as_conflict(conflict: Conflict | ConflictFound) -> Conflict:
-    if isinstance(conflict, ConflictFound):
-        return conflict.conflict
-    if isinstance(conflict, Conflict):
-        return conflict
-    raise UsageError(f"give what conflicts() or ConflictFound gave, not {conflict!r}")
 
 
 def _is_anywhere(address: str | None) -> bool:

@@ -1,0 +1,150 @@
+"""
+What a replica can do about conflicts: vote, resolve, and read in the audit what was done.
+
+The part of `Replica` that users see of `votes` and `audit`, which do the work.
+"""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime
+from typing import Any, Literal
+
+from crdtstate.audit import KINDS, Query, Record
+from crdtstate.config import Config
+from crdtstate.conflict import Conflict
+from crdtstate.documents import DocumentSet
+from crdtstate.errors import StoreError, UsageError
+from crdtstate.events import ConflictFound
+from crdtstate.membership import Member, rendezvous
+from crdtstate.slots import SEPARATOR
+from crdtstate.stores import Store
+from crdtstate.votes import Electorate
+
+log = logging.getLogger("crdtstate")
+
+
+class Resolving(DocumentSet):
+    """Documents whose conflicts are decided here; a replica knows who else could."""
+
+    config: Config
+    role: Literal["agent", "relay"]
+    _store: Store
+    _state: Literal["new", "open", "closed"]
+
+    def members(self) -> list[Member]:
+        """All known members of the mesh, this one included, by name."""
+        raise NotImplementedError
+
+    def _settle(self) -> None:
+        """Seal what is open and hand it to the store."""
+        raise NotImplementedError
+
+    # Conflicts
+
+    def vote(self, conflict: Conflict | ConflictFound, value: Any) -> None:
+        """Vote for *value*, one of the candidates of *conflict*, in place of what this agent
+        voted before. It counts where the strategy is ``"vote"``: the value that more than half
+        of `Config.voters` voted for is read on all replicas, from when they have the votes; else
+        the last write. It counts for these candidates only: with another one it is another
+        conflict, and all are asked anew. See `crdtstate.votes`.
+
+        Raises:
+            UsageError: It would not count: no voters are configured, or this agent is none of
+                them; the strategy is another; *value* is none of the candidates; they are not
+                what conflicts there now; `Config.vote_deadline` has passed. Nothing changed.
+        """
+        self._check_usable()
+        config = self.config
+        if not config.voters:
+            raise UsageError("a vote needs voters: give all replicas the same Config(voters=[...])")
+        electorate = Electorate.of(config.voters, config.vote_deadline)
+        self.polls.cast(_as_conflict(conflict), value, electorate)
+
+    def resolve(self, conflict: Conflict | ConflictFound, value: Any) -> None:
+        """Write *value* over the candidates of *conflict*, as a resolution. For who has decided
+        in the meantime: unlike `Map.resolve`, it never writes over a candidate that was not
+        among them.
+
+        Raises:
+            UsageError: They are not what conflicts there now: somebody wrote. Nothing changed.
+        """
+        self._check_usable()
+        found = _as_conflict(conflict)
+        document = self.find(found.document)
+        now = document.conflict(found.kind[0] + found.name, found.key) if document else None
+        if document is None or now is None or now.dots != found.dots:
+            where = f"{found.document}: {found.path}"
+            raise UsageError(f"{where}: not in conflict as given any more; see conflicts()")
+        if found.kind == "map":
+            document.map(found.name).resolve(found.key, value)
+        else:
+            document.register(found.name).resolve(value)
+
+    def is_responsible(self, conflict: Conflict | ConflictFound) -> bool:
+        """Whether this agent is the one to resolve *conflict*, if all agents try alike: the same
+        one everywhere, drawn by a hash from those that are up, relays excepted. While members
+        see each other differently it may be two, or none; two resolutions at once are a conflict
+        again, none is found by who asks again, such as at `MemberDown`."""
+        self._check_usable()
+        subject = _as_conflict(conflict).poll
+        names = {
+            m.agent for m in self.members() if m.state in ("up", "suspected") and m.role == "agent"
+        }
+        return self.role == "agent" and self.agent == rendezvous(subject, names | {self.agent})
+
+    def audit(
+        self,
+        since: datetime | Record | None = None,
+        *,
+        document: str | None = None,
+        agent: str | None = None,
+        kind: str | None = None,
+        limit: int = 1000,
+    ) -> list[Record]:
+        """What was resolved, decided, voted, refused and commanded, as far as it is known here:
+        the newest *limit* records, oldest first. See `crdtstate.audit`.
+
+        Args:
+            since: Recorded here from then on, or after this record.
+            agent: Who did it.
+            kind: ``"resolution"``, ``"decision"``, ``"vote"``, ``"rejection"`` or ``"command"``.
+
+        Raises:
+            UsageError: An argument cannot be.
+            StoreError: The store cannot be read.
+        """
+        self._check_usable()
+        if kind is not None and kind not in KINDS:
+            raise UsageError(f"kind is one of {', '.join(KINDS)}, not {kind!r}")
+        if type(limit) is not int or limit < 1:
+            raise UsageError(f"limit is a number above 0, not {limit!r}")
+        after, since_ms = 0, 0
+        if isinstance(since, Record):
+            after = since.number
+        elif isinstance(since, datetime) and since.tzinfo is not None:
+            since_ms = int(since.timestamp() * 1000)
+        elif since is not None:
+            raise UsageError(f"since is an aware datetime or a record of the audit, not {since!r}")
+        self._settle()
+        query = Query(after, since_ms, document, None, agent, kind, limit)
+        return [Record.read(row) for row in self._store.audit(query)]
+
+    def _recall(self, document: str, container: str, key: str) -> tuple[Record, ...]:
+        """The resolutions at a path; none while the store cannot tell."""
+        query = Query(document=document, place=container + SEPARATOR + key, kind="resolution")
+        if self._state != "open":
+            return ()
+        try:
+            return tuple(Record.read(row) for row in self._store.audit(query._replace(limit=20)))
+        except StoreError as exc:
+            log.warning("%s: the audit cannot be read: %s", self.agent, exc)
+            return ()
+
+
+def _as_conflict(conflict: Conflict | ConflictFound) -> Conflict:
+    if isinstance(conflict, ConflictFound):
+        return conflict.conflict
+    if isinstance(conflict, Conflict):
+        return conflict
+    raise UsageError(f"give what conflicts() or ConflictFound gave, not {conflict!r}")
