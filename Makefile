@@ -12,7 +12,7 @@ test: $(VENV)/ready $(VENV)/oldest
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q tests/test_transports.py tests/test_replica.py
 
 bench: $(VENV)/ready

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from benchmarks.applies import applies
 from benchmarks.checkpoints import checkpoints
+from benchmarks.faults import faults
 from benchmarks.fleet import fleet
 from benchmarks.growth import growth
 from benchmarks.many import many, relayed, stalled
@@ -18,6 +19,7 @@ from benchmarks.propagation import propagation
 from benchmarks.reads import reads
 from benchmarks.recovery import recovery
 from benchmarks.report import as_json, as_table, machine
+from benchmarks.service import service
 from benchmarks.writes import writes
 
 BENCHMARKS: dict[str, Callable[[Effort], Sequence[Result]]] = {
@@ -32,10 +34,12 @@ BENCHMARKS: dict[str, Callable[[Effort], Sequence[Result]]] = {
     "growth": growth,
     "recovery": recovery,
     "checkpoints": checkpoints,
+    "service": service,
+    "faults": faults,
     "mesh": mesh,
     "thousand": thousand,
 }
-LONG = {"thousand"}
+LONG = {"thousand", "faults"}
 """Those that run only if they are named."""
 
 
@@ -44,7 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="See benchmarks/.")
     known = ", ".join(BENCHMARKS)
     parser.add_argument(
-        "names", nargs="*", metavar="name", help=f"which: {known}; default: all but thousand"
+        "names",
+        nargs="*",
+        metavar="name",
+        help=f"which: {known}; default: all but " + " and ".join(sorted(LONG)),
     )
     parser.add_argument("--quick", action="store_true", help="small versions, under two minutes")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -64,10 +64,10 @@ def _fill(replica: Replica, keys: int) -> None:
     rng = random.Random(1)
     plan = replica.map("plan")
     for number in range(keys):
-        plan[f"task-{number}"] = _record(rng)
+        plan[f"task-{number}"] = record(rng)
 
 
-def _record(rng: random.Random) -> dict[str, Any]:
+def record(rng: random.Random) -> dict[str, Any]:
     words = " ".join(WORDS).split()
     return {
         "title": " ".join(rng.choices(words, k=8)),
@@ -94,7 +94,7 @@ async def _full(
         seconds, stall = await _timed(lambda made=made: made.create())  # type: ignore[misc]
         ours.append(seconds)
         blocked.append(stall)
-        floors.append(_clocked(lambda: _bare_save(replica, directory / "bare")))
+        floors.append(_clocked(lambda: bare_save(replica, directory / "bare")))
         manifest = made.find(made.saved()[-1].id)
         size, raw = manifest.stored, manifest.size
         await made.release()
@@ -125,13 +125,13 @@ async def _changed(replica: Replica, keys: int, directory: Path, rounds: int) ->
         before = replica.document("main").lanes._doc.get_state()
         for _ in range(10):
             for _ in range(max(1, int(keys * CHANGED / 10))):
-                plan[f"task-{rng.randrange(keys)}"] = _record(rng)
+                plan[f"task-{rng.randrange(keys)}"] = record(rng)
             await replica.durable()
         seconds, stall = await _timed(made.create)
         ours.append(seconds)
         blocked.append(stall)
         floors.append(
-            _clocked(lambda before=before: _bare_save(replica, directory / "bare", before))
+            _clocked(lambda before=before: bare_save(replica, directory / "bare", before))
         )
     await made.release()
     note = "get_update of what changed, zstd, sha256, write, fsync"
@@ -148,7 +148,7 @@ async def _changed(replica: Replica, keys: int, directory: Path, rounds: int) ->
 async def _loading(replica: Replica, keys: int, directory: Path, rounds: int) -> list[Result]:
     made = await _opened(replica, directory / "loading.db")
     checkpoint = await made.create()
-    _bare_save(replica, directory / "bare")
+    bare_save(replica, directory / "bare")
     loads: list[float] = []
     joins: list[float] = []
     floors: list[float] = []
@@ -158,8 +158,8 @@ async def _loading(replica: Replica, keys: int, directory: Path, rounds: int) ->
         loaded = await made.load(checkpoint.id)
         loads.append(time.perf_counter() - started)
         joins.append(loads[-1] + _clocked(lambda loaded=loaded: _join(loaded, keys)))  # type: ignore[misc]
-        bare.append(_clocked(lambda: _bare_load(directory / "bare")))
-        floors.append(_clocked(lambda: Doc().apply_update(_bare_load(directory / "bare"))))
+        bare.append(_clocked(lambda: bare_load(directory / "bare")))
+        floors.append(_clocked(lambda: Doc().apply_update(bare_load(directory / "bare"))))
     await made.release()
     return [
         _milliseconds(f"load, {keys:,} keys", loads, bare, at_most(500), "read, unpack, sha256"),
@@ -181,7 +181,7 @@ def _join(loaded: Sequence[LoadedDocument], keys: int) -> None:
 # The floor
 
 
-def _bare_save(replica: Replica, path: Path, state: bytes | None = None) -> None:
+def bare_save(replica: Replica, path: Path, state: bytes | None = None) -> None:
     doc: Doc[Any] = replica.document("main").lanes._doc
     plain = doc.get_update() if state is None else doc.get_update(state)
     packed = zstandard.ZstdCompressor(level=3, write_checksum=True).compress(plain)
@@ -191,7 +191,7 @@ def _bare_save(replica: Replica, path: Path, state: bytes | None = None) -> None
         os.fsync(file.fileno())
 
 
-def _bare_load(path: Path) -> bytes:
+def bare_load(path: Path) -> bytes:
     data = path.read_bytes()
     plain: bytes = zstandard.ZstdDecompressor().decompress(data[32:])
     assert hashlib.sha256(plain).digest() == data[:32]

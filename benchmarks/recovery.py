@@ -20,10 +20,11 @@ import apsw
 from pycrdt import Doc
 from pycrdt import Map as YMap
 
-from benchmarks.measure import Effort, Result, by_turns, cpu, new_documents
+from benchmarks.measure import Effort, Result, Target, at_most, by_turns, cpu, new_documents
 from crdtstate import Config, Replica
 from crdtstate.change import Change, Snapshot
 from crdtstate.documents import DocumentSet
+from crdtstate.past import Past
 from crdtstate.stores import Entry, Saved
 from crdtstate.stores.journal import Journal
 
@@ -39,7 +40,7 @@ class _Content:
 
 
 def recovery(effort: Effort) -> list[Result]:
-    """Milliseconds to open a store, and to encode and join a snapshot."""
+    """Milliseconds to open a store, and to encode a snapshot, join it and look back at it."""
     results: list[Result] = []
     for full in SIZES:
         keys = effort.count(full)
@@ -85,7 +86,7 @@ def _opening(content: _Content, keys: int, rounds: int) -> list[Result]:
     note = "bare apsw and apply_update"
     return [
         _milliseconds(f"open, {keys:,} keys in {keys:,} changes", tails, note),
-        _milliseconds(f"open, {keys:,} keys in a snapshot", snapshots, note),
+        _milliseconds(f"open, {keys:,} keys in a snapshot", snapshots, note, at_most(500)),
     ]
 
 
@@ -138,19 +139,33 @@ def _snapshots(content: _Content, keys: int, rounds: int) -> list[Result]:
         snapshot = Snapshot.decode(data)
         new_documents(1).document("main").join(snapshot)
 
+    def look_back() -> None:
+        snapshot = Snapshot.decode(data)
+        with Past() as past:
+            past.fill(snapshot.document, snapshot.shared, snapshot.version, snapshot)
+            assert len(past.map("plan")) == keys
+
     encoding = by_turns(
         rounds,
         lambda: cpu(lambda: document.snapshot().encode()),
         lambda: cpu(lambda: bare.get_update()),
     )
     joining = by_turns(rounds, lambda: cpu(join), lambda: cpu(lambda: Doc().apply_update(state)))
+    looking = by_turns(
+        rounds, lambda: cpu(look_back), lambda: cpu(lambda: Doc().apply_update(state))
+    )
     size = f"{len(data) / 1024:,.0f} KB, {len(state) / 1024:,.0f} KB before compression"
     return [
         _milliseconds(f"encode a snapshot of {keys:,} keys", encoding, f"get_update; {size}"),
-        _milliseconds(f"decode and join it, {keys:,} keys", joining, "apply_update"),
+        _milliseconds(f"decode and join it, {keys:,} keys", joining, "apply_update", at_most(500)),
+        _milliseconds(
+            f"rebuild a past of it, {keys:,} keys", looking, "apply_update", at_most(500)
+        ),
     ]
 
 
-def _milliseconds(name: str, seconds: list[float], note: str) -> Result:
+def _milliseconds(
+    name: str, seconds: list[float], note: str, target: Target | None = None
+) -> Result:
     ours, floor = (1000 * taken for taken in seconds)
-    return Result(name, "ms", ours, floor, note=note)
+    return Result(name, "ms", ours, floor, target, note)

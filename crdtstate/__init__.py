@@ -12,22 +12,27 @@ The map of the house, from the ground up; a module imports from its own floor an
 (``tests/test_house.py``; the reasons stand in ARCHITECTURE.md):
 
     floor 0  errors  clock (Dot, Version, Cut, Stamp)  values (user values as bytes)
-    floor 1  guard (checks Yjs updates)  slots (what lanes say of a path)  lanes (over pycrdt)
+    floor 1  guard (checks Yjs updates)  slots (what lanes say of a path)  lane  loading
+             lanes (over pycrdt)
              native_guard  native (Yjs types)  native_edits  conflict (strategies)  votes
              change (Change, Snapshot)  crdts (Map, Counter, Register, Set)  document
-             documents (a set of them)
-    floor 2  events  config  wire (frames)  identity (who may write as whom)  link  tree
+             documents (a set of them)  digests (what they say, in a few numbers)
+    floor 2  outcomes  commands (what stands in @control)  board  judging (who does what, once)
+             events  config  wire (frames)  identity (who may write as whom)  link  tree
              membership  topology  mesh (whom to be connected to)  transfer  ledger (what is
-             committed)  haves  wants  pending  outgoing  serving  upkeep  sync (the core)
+             committed)  haves  wants  pending  outgoing  serving  upkeep
+             comparing  sync (the core)
              past (read-only)  history  rewrite (bringing back)  manifest (of a checkpoint)
-             retention
-    floor 3  audit (a chain of records)  transports (memory, websocket)  stores (memory, SQLite
-             journal)
+             retention  ladder (what a replica recovers from)
+    floor 3  audit (a chain of records)  keys (signing)  transports (memory, websocket)
+             stores (memory, SQLite journal)  tiers (memory, shm, sqlite, redis, s3)
     floor 4  arguments  glance (how it is doing)  observers (handlers, events)  saving (into the
              store)  connections  borrowing (a writer)  cutting (a moment)  shelf (a tier)
-             catalogue  tending (of tiers)  checkpoints  announcements  lookback (into the past)
-             keeping  resolving  waiting (what users see of these)  replica (the asyncio shell)
-    floor 5  blocking  relay  simulation  demo  cli
+             catalogue  tending (of tiers)  checkpoints  announcements  casebook (what
+             stands in @recovery)  recovery  recovering  adoption (of agents that died)  lookback
+             keeping  resolving  waiting (what users see of these)  verbs  dispatch (of commands)
+             sharing  obeying (commands)  replica (the asyncio shell)
+    floor 5  reports  system  controller  blocking  relay  simulation  demo  cli
 
 Floors 0 to 2 know no clock, socket, disk or thread: time and randomness are arguments.
 """
@@ -35,13 +40,17 @@ Floors 0 to 2 know no clock, socket, disk or thread: time and randomness are arg
 from crdtstate.audit import Record
 from crdtstate.checkpoints import Checkpoint, Pruning, Verification
 from crdtstate.clock import Cut, Dot, Stamp, Version
+from crdtstate.commands import Command
+from crdtstate.comparing import Comparison, Divergence, Uncompared
 from crdtstate.config import Config
 from crdtstate.conflict import Candidate, Conflict, Explanation, Vote, strategy
 from crdtstate.consistency import Confirm, Receipt
+from crdtstate.controller import Controller
 from crdtstate.crdts import Counter, Map, Register, Set
 from crdtstate.document import Document
 from crdtstate.errors import (
     CheckpointFailed,
+    CommandError,
     ConfirmTimeout,
     CorruptCheckpoint,
     CorruptStore,
@@ -64,17 +73,22 @@ from crdtstate.errors import (
     WaitTimeout,
 )
 from crdtstate.events import (
+    AgentRecovered,
     CatchingUp,
     Changed,
     CheckpointDamaged,
     CheckpointSaved,
     ClockSkew,
+    CommandReceived,
+    CommandSettled,
     ConflictFound,
     ConflictResolved,
+    DivergenceDetected,
     DocumentRebuilt,
     EditsUndone,
     Event,
     IdentityRollback,
+    KeyChanged,
     MemberDown,
     MemberRetired,
     MemberSuspected,
@@ -83,6 +97,9 @@ from crdtstate.events import (
     PeerDisconnected,
     PeerRejected,
     PresenceChanged,
+    Recovered,
+    RecoveryEscalated,
+    SharedState,
     SnapshotReceived,
     StoreFailed,
     StoreRecovered,
@@ -90,16 +107,25 @@ from crdtstate.events import (
     TierRecovered,
 )
 from crdtstate.history import PastChange
+from crdtstate.ladder import Attempt, Recovery
 from crdtstate.membership import Member
+from crdtstate.outcomes import Fulfilled, Rejected, Results, TimedOut
 from crdtstate.past import ABSENT, Difference, Past
 from crdtstate.replica import Peer, Replica
+from crdtstate.reports import AgentReport, Report
 from crdtstate.retention import Retention
 from crdtstate.rewrite import Kept, Reverted
+from crdtstate.sharing import Shared
+from crdtstate.system import AgentCheckpoint, SystemCheckpoint, SystemRestore
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ABSENT",
+    "AgentCheckpoint",
+    "AgentRecovered",
+    "AgentReport",
+    "Attempt",
     "CRDTStateError",
     "Candidate",
     "CatchingUp",
@@ -109,26 +135,36 @@ __all__ = [
     "CheckpointFailed",
     "CheckpointSaved",
     "ClockSkew",
+    "Command",
+    "CommandError",
+    "CommandReceived",
+    "CommandSettled",
+    "Comparison",
     "Config",
     "Confirm",
     "ConfirmTimeout",
     "Conflict",
     "ConflictFound",
     "ConflictResolved",
+    "Controller",
     "CorruptCheckpoint",
     "CorruptStore",
     "Counter",
     "Cut",
     "Difference",
+    "Divergence",
+    "DivergenceDetected",
     "Document",
     "DocumentRebuilt",
     "Dot",
     "EditsUndone",
     "Event",
     "Explanation",
+    "Fulfilled",
     "IdentityRollback",
     "InvalidUpdate",
     "Kept",
+    "KeyChanged",
     "LeaseRefused",
     "Map",
     "Member",
@@ -149,12 +185,20 @@ __all__ = [
     "QuorumLost",
     "Receipt",
     "Record",
+    "Recovered",
+    "Recovery",
+    "RecoveryEscalated",
     "Register",
+    "Rejected",
     "Replica",
     "ReplicaClosed",
+    "Report",
+    "Results",
     "Retention",
     "Reverted",
     "Set",
+    "Shared",
+    "SharedState",
     "SnapshotReceived",
     "Stamp",
     "StoreError",
@@ -162,10 +206,14 @@ __all__ = [
     "StoreLocked",
     "StoreRecovered",
     "StoreUnavailable",
+    "SystemCheckpoint",
+    "SystemRestore",
     "TierError",
     "TierFailed",
     "TierRecovered",
+    "TimedOut",
     "TransportError",
+    "Uncompared",
     "UnknownCheckpoint",
     "UnknownStrategy",
     "UnsupportedValue",

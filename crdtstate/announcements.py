@@ -29,16 +29,18 @@ SHARED_SCHEMES = {"redis", "rediss", "s3"}
 
 
 def announce(documents: DocumentSet, checkpoint: Checkpoint) -> None:
-    """Tell the mesh of a new checkpoint."""
+    """Tell the mesh of the newest checkpoint, unless that stands there already."""
     token = str(checkpoint.version)
-    view = documents.document(DOCUMENT).map(NEWEST)
-    view[documents.agent] = {
+    view = documents.system_document(DOCUMENT).map(NEWEST)
+    said = {
         "id": checkpoint.id,
         "label": checkpoint.label,
         "version": token if len(token) <= TOKEN_CHARS_MAX else "",
         "when": checkpoint.stamp.wall_ms,
         "tiers": [url for url in checkpoint.tiers if urlsplit(url).scheme in SHARED_SCHEMES],
     }
+    if view.get(documents.agent) != said:
+        view[documents.agent] = said
 
 
 def heard(document: Document, paths: Iterable[str]) -> Iterator[CheckpointSaved]:
@@ -49,7 +51,9 @@ def heard(document: Document, paths: Iterable[str]) -> Iterator[CheckpointSaved]
     for path in paths:
         container, _, agent = path.partition(SEPARATOR)
         if container == Map.kind + NEWEST:
-            event = _read(agent, view.get(agent))
+            # Not as the map reads it: whoever sets a strategy there must not decide about this.
+            live = view.live(agent)
+            event = _read(agent, live[-1].value) if live else None
             if event is not None:
                 yield event
 

@@ -40,21 +40,28 @@ from datetime import datetime
 from itertools import chain, islice
 from typing import Any, Self, TypeVar
 
-from crdtstate import replica
+from crdtstate import controller, replica
 from crdtstate.audit import Record
 from crdtstate.checkpoints import Checkpoint, Pruning, Verification
 from crdtstate.clock import Cut
+from crdtstate.comparing import Comparison
 from crdtstate.conflict import Conflict
 from crdtstate.consistency import Confirm, Receipt
 from crdtstate.documents import MAIN
 from crdtstate.errors import ReplicaClosed, UsageError
 from crdtstate.events import ConflictFound, Event
 from crdtstate.history import PastChange
+from crdtstate.ladder import Recovery
 from crdtstate.lookback import Point
 from crdtstate.membership import Member
+from crdtstate.obeying import Handler
+from crdtstate.outcomes import Results
 from crdtstate.past import Difference, Past
 from crdtstate.replica import Peer
+from crdtstate.reports import Report
 from crdtstate.rewrite import Reverted
+from crdtstate.sharing import Shared
+from crdtstate.system import SystemCheckpoint, SystemRestore
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Event)
@@ -251,6 +258,10 @@ class Replica:
         `crdtstate.Replica.confirm`."""
         return self._wait(lambda: self._replica.confirm(confirm, timeout))
 
+    def compare(self, *, peers: int = 2, timeout: float | None = None) -> Comparison:
+        """Compare what all documents hold with peers. See `crdtstate.Replica.compare`."""
+        return self._wait(lambda: self._replica.compare(peers=peers, timeout=timeout))
+
     # The past
 
     def at(self, point: Point, *, documents: Iterable[str] | None = None) -> Past:
@@ -309,7 +320,36 @@ class Replica:
         """Why a checkpoint is kept, in words."""
         return self.call(lambda inner: inner.why_kept(id))
 
+    # Commands and sharing
+
+    def serve_command(
+        self, verb: str, handler: Handler, *, idempotent: bool = False
+    ) -> Callable[[], None]:
+        """Let *handler* execute the commands *verb*, on the replica's thread, where it cannot
+        wait. See `crdtstate.Replica.serve_command`."""
+        end = self.call(lambda inner: inner.serve_command(verb, handler, idempotent=idempotent))
+        return lambda: self.call(lambda _: end())
+
+    def share(self, what: Any, *, to: str | Iterable[str], **options: Any) -> Results:
+        """Give certain agents a signed copy of a view or document. See
+        `crdtstate.Replica.share`."""
+        given = what._inner if isinstance(what, _View) else what
+        return self._wait(lambda: self._replica.share(given, to=to, **options))
+
+    def shared(self, name: str | None = None) -> list[Shared]:
+        """What others have shared with this agent. See `crdtstate.Replica.shared`."""
+        return self.call(lambda inner: inner.shared(name))
+
+    def trust(self, agent: str) -> None:
+        """Believe the next key that *agent* shows."""
+        self.call(lambda inner: inner.trust(agent))
+
     # Watching and looking
+
+    @property
+    def recovery(self) -> Recovery | None:
+        """How this replica came by its documents when it was opened; None before."""
+        return self._replica.recovery
 
     def present(self, value: Any, *, ttl: float = 30.0) -> None:
         """Show *value* to all members. See `crdtstate.Replica.present`."""
@@ -410,6 +450,56 @@ class Replica:
         if not self._is_open:
             closed = "closed" if self._is_closed else "not open; use it inside 'with Replica(...)'"
             raise ReplicaClosed(f"{self.agent}: {closed}")
+
+
+class Controller:
+    """Commands a fleet; see `crdtstate.Controller`, whose methods these are.
+
+    Args:
+        replica: An open `Replica` of this module.
+    """
+
+    def __init__(self, replica: Replica) -> None:
+        if not isinstance(replica, Replica):
+            raise UsageError(f"a controller needs a blocking.Replica, not {replica!r}")
+        self._home = replica
+        self._inner = replica.call(controller.Controller)
+
+    def issue(self, verb: str, **options: Any) -> Results:
+        """Have agents execute a command of their own. See `crdtstate.Controller.issue`."""
+        return self._home._wait(lambda: self._inner.issue(verb, **options))
+
+    def result(self, id: str, *, timeout: float | None = 0.0) -> Results:
+        """What has come of a command by now. See `crdtstate.Controller.result`."""
+        return self._home._wait(lambda: self._inner.result(id, timeout=timeout))
+
+    def commands(self) -> list[Results]:
+        """The commands that are open or recent, of all controllers, oldest first."""
+        return self._home.call(lambda _: self._inner.commands())
+
+    def withdraw(self, id: str) -> None:
+        """Take back a command that this agent has issued."""
+        self._home.call(lambda _: self._inner.withdraw(id))
+
+    def checkpoint_all(self, label: str = "", **options: Any) -> SystemCheckpoint:
+        """Have every agent make a checkpoint. See `crdtstate.Controller.checkpoint_all`."""
+        return self._home._wait(lambda: self._inner.checkpoint_all(label, **options))
+
+    def restore_system(self, id: str, **options: Any) -> SystemRestore:
+        """Bring all documents back to what they were at a checkpoint of the system. See
+        `crdtstate.Controller.restore_system`."""
+        return self._home._wait(lambda: self._inner.restore_system(id, **options))
+
+    def resolve_conflicts(self, strategy: str | None = None, **options: Any) -> Results:
+        """Have the open conflicts resolved. See `crdtstate.Controller.resolve_conflicts`."""
+        return self._home._wait(lambda: self._inner.resolve_conflicts(strategy, **options))
+
+    def report(self, *, timeout: float = 5.0) -> Report:
+        """How all known agents do. See `crdtstate.Controller.report`."""
+        return self._home._wait(lambda: self._inner.report(timeout=timeout))
+
+    def __repr__(self) -> str:
+        return repr(self._inner)
 
 
 def _answer(answer: Future[T], function: Callable[[], T]) -> None:

@@ -30,6 +30,7 @@ from crdtstate.manifest import (
     Manifest,
     Part,
     decode_changes,
+    is_id,
     part_key,
     read_keys,
 )
@@ -130,6 +131,10 @@ class Catalogue:
         }
         return len(ids), newest_at, tiers
 
+    def failures(self) -> dict[str, str]:
+        """The tiers that cannot be asked, by URL, each with the reason."""
+        return {shelf.url: shelf.failure for shelf in self.shelves if shelf.failure is not None}
+
     def why_kept(self, id: str) -> str:
         """Why retention keeps a checkpoint, or what it says against it."""
         self.find(id)
@@ -147,8 +152,11 @@ class Catalogue:
 
     # Reading
 
-    async def load(self, id: str) -> list[LoadedDocument]:
-        """Read a checkpoint, each part from the nearest tier that has it as it was written.
+    async def load(
+        self, id: str, dead: dict[Shelf, TierError] | None = None
+    ) -> list[LoadedDocument]:
+        """Read a checkpoint, each part from the nearest tier that has it as it was written. Tiers
+        in *dead* are not asked, and those that fail are entered there.
 
         Raises:
             UnknownCheckpoint: There is none with this id.
@@ -157,10 +165,10 @@ class Catalogue:
         """
         manifest = await self._seek(id)
         plain: dict[str, bytes] = {}
-        dead: dict[Shelf, TierError] = {}
+        silent = {} if dead is None else dead
 
         async def fetch(part: Part) -> None:
-            plain[part.name] = await self.read_part(part, dead=dead)
+            plain[part.name] = await self.read_part(part, dead=silent)
 
         try:
             await each(manifest.parts().values(), fetch)
@@ -184,10 +192,12 @@ class Catalogue:
 
     async def newest(self) -> AsyncIterator[tuple[Checkpoint, list[LoadedDocument]]]:
         """Iterate over the checkpoints that can be loaded, newest first. Those that cannot are
-        passed over; what is wrong with them is told by events."""
+        passed over; what is wrong with them is told by events, and stands in `lost`. A tier that
+        fails is not asked for older ones either: `failures`."""
+        dead: dict[Shelf, TierError] = {}
         for id in sorted(self.manifests, reverse=True):
             try:
-                documents = await self.load(id)
+                documents = await self.load(id, dead)
             except (StoreError, UnknownCheckpoint) as exc:
                 log.warning("%s: checkpoint %s cannot be used: %s", self.agent, id, exc)
                 continue
@@ -222,12 +232,30 @@ class Catalogue:
 
     async def prove(self, shelf: Shelf, id: str) -> None:
         """Read all of a checkpoint in one tier. Raises CorruptCheckpoint or TierError."""
+        # All of it is looked at, so that it is mended in one go.
+        damages: list[CorruptCheckpoint] = []
+
+        async def look_at(part: Part) -> None:
+            try:
+                await shelf.part(part)
+            except CorruptCheckpoint as exc:
+                damages.append(exc)
+
         try:
-            manifest = await shelf.manifest(id)
-            await each(manifest.parts().values(), shelf.part)
-        except CorruptCheckpoint as exc:
+            try:
+                manifest = await shelf.manifest(id)
+            except CorruptCheckpoint as exc:
+                damages.append(exc)
+                if id not in self.manifests:
+                    raise
+                manifest = self.manifests[id]
+            await each(manifest.parts().values(), look_at)
+            if damages:
+                raise damages[0]
+        except CorruptCheckpoint:
             shelf.proven.discard(id)
-            shelf.note_damage(exc)
+            for damage in damages:
+                shelf.note_damage(damage)
             raise
         except TierError as exc:
             shelf.failed(exc)
@@ -241,6 +269,9 @@ class Catalogue:
         of."""
         if isinstance(id, str) and id not in self.manifests and id not in self.dropped:
             await self.read_all()
+            if id not in self.manifests and is_id(id):
+                for url, reason in self.failures().items():
+                    raise TierError(url, reason)
         return self.find(id)
 
     async def read_part(
@@ -277,11 +308,15 @@ class Catalogue:
 
     async def read_all(self) -> None:
         """Take note of the checkpoints that any tier has that can be asked."""
-        for shelf in self.shelves:
+
+        async def read(shelf: Shelf) -> None:
             try:
                 await self.read(shelf)
             except TierError as exc:
                 shelf.failed(exc)
+
+        # At once: those that hang are waited for together.
+        await each(self.shelves, read)
 
     async def read(self, shelf: Shelf) -> dict[str, Item]:
         """Take note of the checkpoints that a tier has; return all it holds.
@@ -299,6 +334,9 @@ class Catalogue:
         async def learn(id: str) -> None:
             try:
                 self.manifests.setdefault(id, await shelf.manifest(id))
+                for other in self.shelves:
+                    if id not in other.ids:
+                        other.wake()
             except CorruptCheckpoint as exc:
                 shelf.ids.discard(id)
                 shelf.unreadable[id] = exc.reason

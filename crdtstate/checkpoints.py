@@ -31,7 +31,7 @@ from crdtstate.errors import (
     TierError,
     UsageError,
 )
-from crdtstate.events import CheckpointSaved, Event
+from crdtstate.events import CheckpointDamaged, CheckpointSaved, Event
 from crdtstate.manifest import (
     ARCHIVE_LEVEL,
     LABEL_CHARS_MAX,
@@ -110,7 +110,7 @@ class Checkpoints(Catalogue):
         self.primary.made_late = made_late
         self._config = config
         self._emit = emit
-        self._tending = Tending(self)
+        self._tending = Tending(self, self._announce_newest)
         # Of making: one at a time.
         self._lock = asyncio.Lock()
         self._cutter: Cutter | None = None
@@ -131,7 +131,7 @@ class Checkpoints(Catalogue):
         """Begin to make checkpoints and to look after the tiers, in tasks that *spawn* makes.
 
         Args:
-            announce: Called with each new checkpoint.
+            announce: Called with each new checkpoint, and when another tier has the newest.
             interval: Seconds between those made without being asked; 0: none.
         """
         self._cutter, self._spawn, self._announce = cutter, spawn, announce
@@ -162,8 +162,29 @@ class Checkpoints(Catalogue):
 
     async def settled(self) -> None:
         """Wait until every tier has what it should have, or fails."""
-        for shelf in self.shelves:
-            await shelf.quiet.wait()
+        # What one is found to have may be what another lacks.
+        while not all(shelf.quiet.is_set() for shelf in self.shelves):
+            for shelf in self.shelves:
+                await shelf.quiet.wait()
+
+    # Others' checkpoints
+
+    async def of(self, agent: str) -> Catalogue:
+        """What these tiers have of another *agent*, to be read: nothing there is altered. Take the
+        newest that can be loaded from `Catalogue.newest`; without one, `Catalogue.failures` says
+        which tiers could not be asked. Damage is told by an event, and left to its owner to mend.
+        It can be used until this is released, and needs no closing.
+        """
+
+        def emit(event: Event) -> None:
+            # Whether a tier works is told of once, for the own checkpoints.
+            if isinstance(event, CheckpointDamaged):
+                self._emit(event)
+
+        shelves = [shelf.of(agent, emit) for shelf in self.shelves]
+        found = Catalogue(agent, shelves, Retention())
+        await found.read_all()
+        return found
 
     # Making
 
@@ -263,6 +284,12 @@ class Checkpoints(Catalogue):
             return False
         await shelf.keep_plain(part, plain)
         return True
+
+    def _announce_newest(self) -> None:
+        """Say which tiers have it by now."""
+        newest = max((id for id in self.manifests if self.holders(id)), default=None)
+        if newest is not None and not self._is_closing:
+            self._announce(self.describe(newest))
 
     async def _make_by_itself(self, interval: float) -> None:
         while True:

@@ -138,17 +138,53 @@ class Config:
 
     tier_retry_max: float = 60.0
 
+    compare_interval: float = 60.0
+    """How often a replica compares what a document holds with one of its peers, a document at a
+    time; see `DivergenceDetected`. 0: only in `Replica.compare`."""
+
+    recover: bool = True
+    """Whether a store that is damaged is replaced, from checkpoints and peers, when a replica is
+    opened; see `Replica.recovery`. False: then opening raises `CorruptStore` and alters nothing."""
+
+    check_timeout: float = 30.0
+    """How long the ``check`` of a replica may take before it counts as failed."""
+
+    adopt_after: float = 5.0
+    """How long an agent has to be down before another one takes care of what it left in tiers that
+    both reach. Most that are restarted are back sooner."""
+
+    controllers: tuple[str, ...] | None = None
+    """The agents whose commands are obeyed here, by name; others' are refused, and the audit says
+    so. None: every member's. Names are what members say they are: this keeps mistakes away, and
+    not yet who means harm."""
+
+    command_expiry: float = 3600.0
+    """For how long after it was issued a command is executed by agents that were away, unless its
+    controller says otherwise."""
+
+    command_retention: float = 24 * 3600.0
+    """For how long after that a command and its results can be looked up."""
+
+    command_grace: float = 5.0
+    """How long after opening commands wait whose handlers are not registered yet. Later they are
+    refused at once."""
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "checkpoint_interval" and value == 0 and type(value) is not bool:
+            may_be_0 = field.name in ("checkpoint_interval", "compare_interval")
+            if may_be_0 and value == 0 and type(value) is not bool:
                 continue
-            if field.name == "discover":
+            if field.name in ("discover", "recover"):
                 if not isinstance(value, bool):
-                    raise UsageError(f"Config.discover is True or False, not {value!r}")
+                    raise UsageError(f"Config.{field.name} is True or False, not {value!r}")
                 continue
             if field.name == "voters":
-                object.__setattr__(self, "voters", _names(value))
+                object.__setattr__(self, "voters", _names(field.name, value))
+                continue
+            if field.name == "controllers":
+                if value is not None:
+                    object.__setattr__(self, "controllers", _names(field.name, value))
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise UsageError(f"Config.{field.name} must be a number above 0, not {value!r}")
@@ -156,13 +192,13 @@ class Config:
             raise UsageError("Config.link_timeout must be at least three heartbeats")
 
 
-def _names(value: object) -> tuple[str, ...]:
+def _names(setting: str, value: object) -> tuple[str, ...]:
     """Different names of agents, sorted."""
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise UsageError(f"Config.voters is a list of agents' names, not {value!r}")
+        raise UsageError(f"Config.{setting} is a list of agents' names, not {value!r}")
     names = list(value)
     if not all(isinstance(name, str) and 0 < len(name) <= 100 for name in names):
-        raise UsageError(f"Config.voters is a list of agents' names, not {names!r}")
+        raise UsageError(f"Config.{setting} is a list of agents' names, not {names!r}")
     if len(set(names)) < len(names) or len(names) > VOTERS_MAX:
-        raise UsageError(f"Config.voters names up to {VOTERS_MAX} agents, each once: {names!r}")
+        raise UsageError(f"Config.{setting} names up to {VOTERS_MAX} agents, each once: {names!r}")
     return tuple(sorted(names))

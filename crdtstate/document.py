@@ -351,6 +351,11 @@ class Document:
         return len(self.engine.state()), None if self.shared else self.lanes.live_bytes()
 
     @property
+    def unsealed(self) -> Mapping[str, Slot | None]:
+        """The paths of the open change, each with the own slot as it was before it."""
+        return self._before
+
+    @property
     def needs_tidying(self) -> bool:
         """Whether there may be slots here to drop because others cover them (L3)."""
         return bool(self.lanes.settled)
@@ -823,6 +828,10 @@ def _differing(before: Mapping[str, Any], lanes: Lanes) -> Iterator[str]:
     for name in before.keys() | lanes.containers.keys():
         old = before[name].cells if name in before else {}
         new = lanes.container(name).cells
+        if not old:
+            prefix = name + SEPARATOR
+            yield from [prefix + key for key in new]
+            continue
         for key in old.keys() | new.keys():
             if old.get(key) != new.get(key):
                 yield name + SEPARATOR + key

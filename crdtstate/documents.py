@@ -73,14 +73,26 @@ class DocumentSet:
         return self.document(MAIN).set(name)
 
     def document(self, name: str, *, shared: bool = False) -> Document:
-        """The document *name*, made on first use.
+        """The document *name*, made on first use. Names that begin with "@" are the system's: such
+        a document can be looked at here once there is one, and none is made.
 
         Args:
             shared: It holds native Yjs types, for editors and browsers.
 
         Raises:
-            UsageError: It exists, and is of the other type.
+            UsageError: It exists, and is of the other type; or there is no such document of the
+                system's.
         """
+        if isinstance(name, str) and name.startswith(SYSTEM) and name not in self._documents:
+            raise UsageError(
+                f"{name!r}: names that begin with {SYSTEM!r} are the system's, and there is no "
+                "such document here; take another name for one of your own"
+            )
+        return self.system_document(name, shared=shared)
+
+    def system_document(self, name: str, *, shared: bool = False) -> Document:
+        """The document *name*, made on first use, also if it is the system's: for crdtstate itself
+        only. Raises what `document` does."""
         self._check_usable()
         found = self._documents.get(name)
         if found is None:
@@ -309,6 +321,16 @@ class DocumentSet:
         own = document.reset(writer)
         load(document)
         document.rewrite(own, old)
+
+    def start_over(self, writer: int) -> None:
+        """Forget all documents, to be loaded anew and written by *writer*. Only while nobody has
+        been given one."""
+        self._close_documents()
+        self._documents.clear()
+        self._open.clear()
+        self._sealed.clear()
+        self._writer = writer
+        self.polls = Polls(self)
 
     def versions(self) -> Iterator[tuple[str, Version]]:
         """The versions of all documents, open changes not included."""

@@ -6,6 +6,7 @@ Every error crdtstate raises, named for the situation, and the state it leaves b
     │   ├── UnsupportedValue    a value, key or name that cannot be shared
     │   ├── UnknownStrategy     a conflict names a strategy this process has not registered
     │   ├── UnknownCheckpoint   there is none with this id, or it was not kept
+    │   ├── CommandError        a command that cannot be issued, or that nobody knows
     │   └── ReplicaClosed       the replica was closed or not opened yet
     ├── ProtocolError           a peer's mistake; its message was dropped, our state is untouched
     │   └── InvalidUpdate       a change or snapshot that breaks the rules of lanes
@@ -140,6 +141,11 @@ class UnknownCheckpoint(UsageError):
     def __init__(self, id: object) -> None:
         super().__init__(f"there is no checkpoint {str(id)[:80]!r}; see replica.checkpoints()")
         self.id = id
+
+
+class CommandError(UsageError):
+    """A command that cannot be issued (a bad verb, too large, by who is no controller), or that
+    nobody knows (any more); nothing changed."""
 
 
 class WaitTimeout(CRDTStateError, TimeoutError):

@@ -8,7 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from crdtstate.clock import Cut
 from crdtstate.conflict import Candidate, Conflict
+from crdtstate.ladder import Attempt, Recovery
+from crdtstate.outcomes import Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +168,72 @@ class IdentityRollback(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Recovered(Event):
+    """This replica was opened and has its documents back; see `Recovery`. Told once more when its
+    peers were asked whether they have the same."""
+
+    agent: str
+    recovery: Recovery
+
+
+@dataclass(frozen=True, slots=True)
+class RecoveryEscalated(Event):
+    """A replica could not get its documents back from anywhere: its store, its checkpoints, its
+    peers. It goes on with the best there was, and somebody should look at it.
+
+    Attributes:
+        agent: Whose replica.
+        attempts: What was tried, each with the reason why it failed.
+        local: Whether it is this replica.
+    """
+
+    agent: str
+    attempts: tuple[Attempt, ...]
+    local: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AgentRecovered(Event):
+    """An agent that died was taken care of: what it had in its newest checkpoint that others can
+    read, and had told nobody, is with everybody now. When it comes back it goes on as ever.
+
+    Attributes:
+        agent: Who died.
+        by: Who took care of it.
+        checkpoint: The id of that checkpoint; empty if there was none to be had.
+        version: How far the agent's own changes are known: a causal token, for `Cut.parse`; empty
+            if it was too long to tell.
+        brought: How many changes the checkpoint had that nobody else had told.
+    """
+
+    agent: str
+    by: str
+    checkpoint: str
+    version: str
+    brought: int
+
+
+@dataclass(frozen=True, slots=True)
+class DivergenceDetected(Event):
+    """This replica and another have taken in the same and do not hold the same: one of them was
+    damaged, or two processes wrote as one writer. Which of the two is right cannot be told from
+    two; `Replica.compare` asks more. Nothing was changed. Told once for each lane and agent,
+    until what differs changes.
+
+    Attributes:
+        agent: The other one, which is also who says so if it was the first to notice.
+        document: Where.
+        path: A place that differs, such as ``plan['goal']``; there may be more.
+        writer: Whose lane it lies in; 0 in documents of native types.
+    """
+
+    agent: str
+    document: str
+    path: str
+    writer: int
+
+
+@dataclass(frozen=True, slots=True)
 class SnapshotReceived(Event):
     """A document was brought up to date by a snapshot instead of single changes."""
 
@@ -229,6 +298,7 @@ class CheckpointSaved(Event):
         id: Its id, and *label*, which is for people.
         version: A causal token of what is in it, for `Cut.parse`; empty if it was too long to tell.
         tiers: The tiers that have it; of others' those that are no private matter of their host.
+            An event of another agent's comes again when more of these have it.
         local: Whether it is this replica's own.
     """
 
@@ -273,3 +343,65 @@ class TierRecovered(Event):
     """A tier that had failed works again, and has what it should have."""
 
     tier: str
+
+
+@dataclass(frozen=True, slots=True)
+class CommandReceived(Event):
+    """A command is about to be executed here."""
+
+    id: str
+    verb: str
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class CommandSettled(Event):
+    """An agent has executed or refused a command. Told at that agent, and where the command was
+    issued.
+
+    Attributes:
+        by: Who issued it.
+        agent: Who was to execute it.
+        outcome: `Fulfilled` or `Rejected`.
+    """
+
+    id: str
+    verb: str
+    by: str
+    agent: str
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class SharedState(Event):
+    """An agent has shared state with this one; see `Replica.share`. Its signature was right, and
+    what it shared is stored.
+
+    Attributes:
+        agent: Who.
+        name: The name of the view or document.
+        version: Of which version of the document that is.
+        value: The content, as plain values.
+    """
+
+    agent: str
+    name: str
+    version: Cut
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class KeyChanged(Event):
+    """An agent signs with another key than before: it lost its key, or somebody took its name.
+
+    Attributes:
+        known: The key it had, as text,
+        offered: and the one that it shows now.
+        is_taken: Whether it is believed: if the key before was only for one session. Else what it
+            shares is refused until `Replica.trust` says otherwise.
+    """
+
+    agent: str
+    known: str
+    offered: str
+    is_taken: bool

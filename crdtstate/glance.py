@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from crdtstate.ladder import Recovery
+
 
 class TierHealth(NamedTuple):
     """How a tier of checkpoints does: why it fails, if it does, how often it has failed since
@@ -34,6 +36,8 @@ class Glance:
         checkpoints: How many checkpoints there are.
         checkpoint_at: When the newest was made, in seconds since 1970; None without one.
         tiers: The tiers of checkpoints, by URL.
+        divergences: Lanes that hold something else elsewhere; see `crdtstate.comparing`.
+        recovery: How it came by its documents when it was opened.
     """
 
     is_open: bool
@@ -46,6 +50,8 @@ class Glance:
     checkpoints: int = 0
     checkpoint_at: float | None = None
     tiers: dict[str, TierHealth] = field(default_factory=dict)
+    divergences: int = 0
+    recovery: Recovery | None = None
 
     @property
     def disk_free(self) -> int | None:

@@ -33,9 +33,7 @@ sees it. pycrdt is imported here and in `native` only.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from pycrdt import Doc
@@ -44,12 +42,15 @@ from pycrdt import Map as YMap
 from crdtstate import guard
 from crdtstate.clock import Version
 from crdtstate.errors import InvalidUpdate
+from crdtstate.lane import Lane, Segment, group_key, segment_key
+from crdtstate.loading import read_state
 from crdtstate.slots import (
     SEPARATOR,
     Cell,
     Container,
     Slot,
     check_content,
+    check_contents,
     is_settled,
     live_slots,
 )
@@ -68,138 +69,12 @@ CLEANED_SLOTS_MAX = 4_000
 ADOPTED_PER_CHANGE = 50
 """Lanes in which one change may drop slots; the guard's limit is 64."""
 
-CLEANED_BELOW = 4
-"""A closed segment is cleaned when at most one slot in so many is live."""
-
 GARBAGE_MAX = 8_000
 GARBAGE_PER_SLOT = 12
 """Dead items, of 2 bytes each, that yrs may hold apart before the Doc is renewed, and how many more
 for each live slot."""
 
 NOTHING_OPEN: Mapping[str, Slot | None] = {}
-
-
-def group_key(writer: int, clock: int) -> str:
-    """The root key of the group that *writer* opens at *clock*: never used twice."""
-    return f"{writer}/{clock}"
-
-
-def segment_key(clock: int) -> str:
-    """The key, in its group, of the segment that is opened at *clock*."""
-    return str(clock)
-
-
-class Group:
-    """A map of a lane that holds segments."""
-
-    __slots__ = ("clock", "key", "opened", "live")
-
-    def __init__(self, clock: int, key: str) -> None:
-        self.clock = clock
-        self.key = key
-        # Segments ever opened in it, and those of them that live.
-        self.opened = 0
-        self.live = 0
-
-
-class Segment:
-    """One nested map of a lane: the last item of every path written to it, live or not."""
-
-    __slots__ = ("clock", "group", "tails", "used", "live", "last")
-
-    def __init__(self, clock: int, group: Group) -> None:
-        self.clock = clock
-        self.group = group
-        self.tails: dict[str, int] = {}
-        # Items ever written into it, those of them that are live, and the newest one's clock.
-        self.used = 0
-        self.live = 0
-        self.last = clock
-
-    def is_ripe(self) -> bool:
-        """Whether so much of it is dead that cleaning it pays."""
-        return self.live * CLEANED_BELOW <= self.used
-
-
-class Lane:
-    """Where the slots of one writer lie: the shadow of its items in the Doc."""
-
-    __slots__ = ("writer", "clock", "groups", "segments", "items", "places", "ripe", "head", "last")
-
-    def __init__(self, writer: int) -> None:
-        self.writer = writer
-        # The clock that yrs gives to the writer's next item.
-        self.clock = 0
-        # Item clock of a living group -> group, and the newest.
-        self.groups: dict[int, Group] = {}
-        self.last: Group | None = None
-        # Item clock of a living segment -> segment.
-        self.segments: dict[int, Segment] = {}
-        # Item clock of the last item of a path in a living segment -> where.
-        self.items: dict[int, tuple[Segment, str]] = {}
-        # Path -> clock of its one live item (L4).
-        self.places: dict[str, int] = {}
-        # Segments to clean, by clock; a dict because it keeps the order.
-        self.ripe: dict[int, Segment] = {}
-        # The newest segment, which is written to.
-        self.head: Segment | None = None
-
-    def open_group(self, clock: int) -> Group:
-        group = self.groups[clock] = self.last = Group(clock, group_key(self.writer, clock))
-        return group
-
-    def open(self, clock: int, group: Group) -> Segment:
-        segment = self.segments[clock] = self.head = Segment(clock, group)
-        group.opened += 1
-        group.live += 1
-        return segment
-
-    @property
-    def is_full(self) -> bool:
-        """Whether there is no head, or enough was written into it."""
-        size = min(SEGMENT_SLOTS, max(SEGMENT_SLOTS // 4, 4 * len(self.places)))
-        return self.head is None or self.head.used >= size
-
-    def place(self, segment: Segment, path: str, clock: int) -> None:
-        """Record that *path* is now said by the item *clock* of *segment*."""
-        self.leave(path)
-        before = segment.tails.get(path)
-        if before is not None:
-            del self.items[before]
-        segment.tails[path] = clock
-        segment.used += 1
-        segment.live += 1
-        segment.last = clock
-        self.items[clock] = (segment, path)
-        self.places[path] = clock
-
-    def leave(self, path: str) -> None:
-        """Record that no item says *path* any more."""
-        clock = self.places.pop(path, None)
-        if clock is not None:
-            segment = self.items[clock][0]
-            segment.live -= 1
-            if segment.is_ripe():
-                self.ripe[segment.clock] = segment
-
-    def close(self, segment: Segment) -> None:
-        """Forget a deleted segment; its live paths have left before."""
-        del self.segments[segment.clock]
-        segment.group.live -= 1
-        self.ripe.pop(segment.clock, None)
-        if segment is self.head:
-            self.head = None
-        for clock in segment.tails.values():
-            del self.items[clock]
-
-    def close_group(self, group: Group) -> None:
-        """Forget a deleted group; its segments were closed before."""
-        del self.groups[group.clock]
-        if group is self.last:
-            self.last = None
-
-    def live_paths(self, segment: Segment) -> list[str]:
-        return [path for path, clock in segment.tails.items() if self.places.get(path) == clock]
 
 
 class Plan(NamedTuple):
@@ -244,7 +119,10 @@ class Lanes:
         # Items in deleted segments that yrs has not folded together: those of a path that was
         # written to the segment again and again, but for its last.
         self._garbage = 0
-        self._start(Doc(client_id=writer))
+        self._begin()
+
+    def _begin(self) -> None:
+        self._start(Doc(client_id=self.writer))
 
     def _start(self, doc: Doc[Any]) -> None:
         self._doc = doc
@@ -306,9 +184,14 @@ class Lanes:
             self._look_over(writer)
 
     def _look_over(self, writer: int) -> None:
-        for path in self.lane(writer).places:
-            if self._is_settled(writer, path):
-                self.settled[writer, path] = None
+        for name, container in self.containers.items():
+            if container.is_counter:
+                continue
+            for key, cell in container.cells.items():
+                # A value that is alone, as nearly all are, never is.
+                if (len(cell) > 1 or key in container.dead) and writer in cell:
+                    if is_settled(cell, writer):
+                        self.settled[writer, name + SEPARATOR + key] = None
 
     def look_at(self, paths: Collection[str]) -> None:
         """Cells have changed at *paths*: what is tended there may be settled now."""
@@ -399,7 +282,7 @@ class Lanes:
     def _put(self, lane: Lane, path: str, slot: Slot) -> int:
         """Write a slot into the head; return its bytes."""
         head = lane.head
-        if head is None or lane.is_full:
+        if head is None or head.used >= _room(lane):
             head = self._open(lane)
         old = lane.places.get(path)
         if old is not None:
@@ -652,6 +535,17 @@ class Lanes:
         update: bytes = self._doc.get_update()
         return update
 
+    def held(self, lane: Lane, segment: Segment) -> dict[str, bytes]:
+        """What the Doc holds in a segment, path -> encoded slot; nothing if it lacks it."""
+        try:
+            found = self._root[segment.group.key][segment_key(segment.clock)]
+        except KeyError:
+            return {}
+        with self._doc.transaction() as transaction:
+            # By the engine's own handles: see `write`.
+            read, txn = found.integrated.get, transaction._txn
+            return {path: bytes(read(txn, path)) for path in found.keys()}
+
     def live_bytes(self) -> int:
         """What the live slots would take, each written down once with its path. Walks them all."""
         return sum(
@@ -667,7 +561,7 @@ class Lanes:
         It goes into a fresh Doc, never into the living one. Raises InvalidUpdate, and what
         pycrdt raises; then nothing changed.
         """
-        lanes, containers = read_state(state, version, check_stored)
+        lanes, containers = read_state(state, version, check_contents)
         doc: Doc[Any] = Doc(client_id=self.writer)
         doc.apply_update(state)
         self._replace(doc)
@@ -694,6 +588,11 @@ class Lanes:
         }
 
 
+def _room(lane: Lane) -> int:
+    """How much is written into a segment of *lane* before it is full."""
+    return min(SEGMENT_SLOTS, max(SEGMENT_SLOTS // 4, 4 * len(lane.places)))
+
+
 def _locate(
     lane: Lane,
     opened: Collection[int],
@@ -713,89 +612,3 @@ def _locate(
     if segment is not None and key in segment.tails:
         raise InvalidUpdate(f"path {key!r} starts twice in segment {segment.clock}")
     return parent, key
-
-
-@contextmanager
-def _collector_at_rest() -> Iterator[None]:
-    """Let Python look for cycles later: what a load allocates has none, and going through all of
-    it again and again takes half of the time."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-@_collector_at_rest()
-def read_state(
-    state: bytes, version: Version, check: Callable[[str, Slot, int, Version], None]
-) -> tuple[dict[int, Lane], dict[str, Container]]:
-    """Parse a whole document at *version* into lanes and index, and *check* each slot: its path,
-    itself, its writer and *version* are given. Raises InvalidUpdate."""
-    lanes: dict[int, Lane] = {}
-    containers: dict[str, Container] = {}
-    for writer, parsed in guard.parse_state(state).items():
-        lane = lanes[writer] = Lane(writer)
-        lane.clock = parsed.clock
-        for clock, length, kind, _, parent, path, content in parsed.structs:
-            if kind == guard.GC:
-                continue
-            assert path is not None
-            if kind == guard.SEGMENT and parent == guard.ROOT:
-                if path != group_key(writer, clock):
-                    raise InvalidUpdate("a group outside of its writer's lane (L1)")
-                lane.open_group(clock)
-            elif type(parent) is int and parent in lane.groups:
-                group = lane.groups[parent]
-                if kind == guard.DELETED:
-                    # What is left of a segment, or of several.
-                    group.opened += length
-                elif kind == guard.SEGMENT and path == segment_key(clock):
-                    lane.open(clock, group)
-                else:
-                    raise InvalidUpdate("a group holds something that is no segment (L1)")
-            elif type(parent) is int:
-                segment = lane.segments.get(parent)
-                if segment is None:
-                    raise InvalidUpdate("a slot outside of its writer's segments (L1)")
-                if kind == guard.DELETED:
-                    _bury(lane, segment, path, clock, length)
-                    continue
-                assert content is not None
-                if path in lane.places:
-                    raise InvalidUpdate(f"path {path!r} has two slots in a lane (L4)")
-                slot = Slot.decode(content)
-                check(path, slot, writer, version)
-                lane.place(segment, path, clock)
-                container, _, key = path.partition(SEPARATOR)
-                if container not in containers:
-                    containers[container] = Container(container)
-                containers[container].update(key, writer, slot)
-        lane.ripe = {at: segment for at, segment in lane.segments.items() if segment.is_ripe()}
-    return lanes, containers
-
-
-def _bury(lane: Lane, segment: Segment, path: str, clock: int, length: int) -> None:
-    """Record a dead run of a chain: what its next item will follow."""
-    tail = clock + length - 1
-    before = segment.tails.get(path)
-    if before is not None:
-        del lane.items[before]
-    segment.tails[path] = tail
-    segment.used += length
-    segment.last = max(segment.last, tail)
-    lane.items[tail] = (segment, path)
-
-
-def check_stored(path: str, slot: Slot, writer: int, version: Version) -> None:
-    """Check a slot of a state that comes from anybody. Raises InvalidUpdate."""
-    if slot.seq > version.get(writer, 0):
-        raise InvalidUpdate(f"slot {path!r} is newer than its document")
-    if writer in slot.covers:
-        raise InvalidUpdate(f"slot {path!r} covers itself (L2)")
-    if any(seq > version.get(other, 0) for other, seq in slot.covers.items()):
-        raise InvalidUpdate(f"slot {path!r} covers what is newer than its document (L2)")
-    check_content(path, slot)

@@ -86,6 +86,11 @@ class Loan:
         self.was_given_back = False
 
     @property
+    def is_begun(self) -> bool:
+        """Whether the writer is borrowed: others wrote under it before."""
+        return self._lender is not None
+
+    @property
     def is_between(self) -> bool:
         """Whether the writer is not to be written under: not yet, or no more."""
         return bool(self._lacking) or self.was_given_back

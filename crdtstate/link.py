@@ -5,6 +5,7 @@ A connection, and what the core knows of whoever is on the other side.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from crdtstate import wire
 from crdtstate.clock import Version
@@ -15,6 +16,16 @@ MISMATCHES_MAX = 30
 """Heartbeats in a row that tell of a difference, in what is committed or in the records of members,
 before all is named anew; one at which neither side has changed since the one before counts as
 ten."""
+
+
+class Rival(NamedTuple):
+    """Another session that says hello as the writer of a link that stands: *since* when, and
+    whether the process behind that link has answered what it was asked then."""
+
+    session: int
+    since: float
+    nonce: int
+    is_answered: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +52,8 @@ class Link:
     dirty: dict[str, set[int]] = field(default_factory=dict)
     neighbours: frozenset[int] = frozenset()
     told_neighbours: tuple[int, ...] | None = None
+    # Another session that said hello as the same writer.
+    rival: Rival | None = None
     # The newest fingerprint that was the same on both sides.
     agreed: int | None = None
     # Heartbeats in a row on which it had the same versions as before, and others than we.

@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from crdtstate.change import CHANGE_BYTES_MAX, Change, Snapshot, decode_change
 from crdtstate.checkpoints import Checkpoint, Checkpoints
@@ -32,7 +32,16 @@ from crdtstate.errors import (
 )
 from crdtstate.history import History, PastChange, Teller
 from crdtstate.manifest import LoadedDocument
-from crdtstate.past import Difference, Past, PastDocument, Selection, differences, natives, places
+from crdtstate.past import (
+    Difference,
+    Past,
+    PastDocument,
+    Place,
+    Selection,
+    differences,
+    natives,
+    portions,
+)
 from crdtstate.rewrite import Dots, Kept, Reverted, RunTrace, Step, restoring
 from crdtstate.stores import Store
 from crdtstate.sync import Sync
@@ -40,6 +49,9 @@ from crdtstate.votes import VOTES
 
 PORTION = 256 * 1024
 """Bytes of changes that are read from the store at a time."""
+
+TOLD = 1000
+"""Differences that are unpacked at a time."""
 
 NEAR_BYTES = 4 * 2**20
 """Changes that are rather read from the journal than a checkpoint from its tier."""
@@ -52,6 +64,8 @@ Point = Cut | Checkpoint | str
 
 Content = tuple[bytes | Snapshot | None, list[bytes]]
 """A snapshot, none for a document's very beginning, and encoded changes after it."""
+
+T = TypeVar("T")
 
 Loaded = dict[str, list[LoadedDocument]]
 """Checkpoints that were read already, by id."""
@@ -122,10 +136,9 @@ class Lookback:
         for document in await self._checkpoints.load(id):
             if names is None or document.name in names:
                 try:
-                    past.fill(*document)
+                    await _aside(document.shared, partial(past.fill, *document))
                 except InvalidUpdate as exc:
                     raise CorruptCheckpoint("checkpoint", id, str(exc)) from exc
-                await asyncio.sleep(0)
         return past
 
     async def diff(
@@ -163,9 +176,10 @@ class Lookback:
             wanted = [
                 name for name in self._names(names, past, self._documents) if self._takes(name)
             ]
+            found = {name: await self._compare(past, name, chosen) for name in wanted}
             if paths is not None:
-                self._check_paths(past, wanted, chosen)
-            steps = restoring(self._documents, past, wanted, chosen)
+                chosen.check()
+            steps = restoring(self._documents, past, found, chosen)
             return await self._write(steps, message or f"restore of {_name(point)}", run)
 
     async def revert(
@@ -205,32 +219,39 @@ class Lookback:
                 raise UsageError(f"there is no document {name!r}, neither now nor then")
         return names
 
-    def _check_paths(self, past: Past, names: list[str], chosen: Selection) -> None:
-        for name in names:
-            then, now = past.find(name), self._documents.find(name)
-            for _ in places(then, now, chosen):
-                pass
-            for root in natives(then).keys() | natives(now).keys():
-                chosen.covers(root, lambda: None)
-        chosen.check()
+    async def _compare(self, past: Past, name: str, chosen: Selection) -> list[Place]:
+        """The places of a document that can read differently in *past*. Others may write meanwhile:
+        that is as if they did so afterwards."""
+        then, now = past.find(name), self._documents.find(name)
+        for root in natives(then).keys() | natives(now).keys():
+            chosen.covers(root, lambda: None)
+        found: list[Place] = []
+        for portion in portions(then, now, chosen):
+            found += portion
+            await asyncio.sleep(0)
+        return sorted(found, key=Place.order)
 
     # Writing
 
     async def _write(self, steps: Iterator[Step], message: str, run: str) -> list[Difference]:
         """Take all *steps*, in as few transactions as their limits allow."""
-        changed: list[Difference] = []
+        done: list[Callable[[], Difference]] = []
         step = next(steps, None)
         while step is not None:
             room = _Room()
             with self._documents.transaction(message=message, run=run):
                 while step is not None and room.takes(step):
-                    done = step.take()
-                    if done is not None:
-                        changed.append(done)
+                    made = step.take()
+                    if made is not None:
+                        done.append(made)
                     step = next(steps, None)
             if step is not None and step.can_wait:
                 self._settle()
                 await asyncio.sleep(0)
+        changed: list[Difference] = []
+        for at in range(0, len(done), TOLD):
+            changed += [tell() for tell in done[at : at + TOLD]]
+            await asyncio.sleep(0)
         return changed
 
     # Rebuilding
@@ -274,35 +295,37 @@ class Lookback:
             raise self._forgotten(name)
         document = await self._start(past, name, self._in_order(name, version, bases))
         for changes in self._read(name, document.version.copy(), version):
-            for change in changes:
-                if not document.is_ready(change):
-                    raise UsageError(
-                        f"{name!r}: this is no version that a replica can have had: "
-                        f"{change!r} builds on changes that it lacks"
-                    )
-                try:
-                    document.take(change)
-                except InvalidUpdate as exc:
-                    raise self._damaged(name, exc) from exc
-            await asyncio.sleep(0)
+            await _aside(document.shared, partial(self._replay, document, changes))
         document.finish(version)
+
+    def _replay(self, document: PastDocument, changes: list[Change]) -> None:
+        for change in changes:
+            if not document.is_ready(change):
+                raise UsageError(
+                    f"{document.name!r}: this is no version that a replica can have had: "
+                    f"{change!r} builds on changes that it lacks"
+                )
+            try:
+                document.take(change)
+            except InvalidUpdate as exc:
+                raise self._damaged(document.name, exc) from exc
 
     async def _start(self, past: Past, name: str, bases: list[Base]) -> PastDocument:
         """The document at the first of *bases* that can be had."""
         failure: Exception | None = None
+        living = self._documents.find(name)
+        shared = living is None or living.shared
         for base in bases:
-            if base.fetch is None:
-                return self._begin_now(past, name, base)
             try:
-                return self._begin(past, name, *await base.fetch())
+                content = await base.fetch() if base.fetch is not None else _taken(base)
+                return await _aside(shared, partial(self._begin, past, name, *content))
             except (TierError, CorruptCheckpoint, UnknownCheckpoint) as exc:
                 failure = exc
         assert failure is not None
         raise failure
 
     def _begin_now(self, past: Past, name: str, base: Base) -> PastDocument:
-        assert base.take is not None
-        return self._begin(past, name, *base.take())
+        return self._begin(past, name, *_taken(base))
 
     def _begin(
         self, past: Past, name: str, snapshot: bytes | Snapshot | None, changes: list[bytes]
@@ -538,6 +561,20 @@ class HistoryReader:
 
     def __repr__(self) -> str:
         return f"<HistoryReader {self.name}: {self.until.total - self.start.total} changes>"
+
+
+async def _aside(shared: bool, work: Callable[[], T]) -> T:
+    """Do what may take long in a thread, while the loop turns; but for native types, whose objects
+    stay in the thread of the loop."""
+    if shared:
+        await asyncio.sleep(0)
+        return work()
+    return await asyncio.to_thread(work)
+
+
+def _taken(base: Base) -> Content:
+    assert base.take is not None
+    return base.take()
 
 
 class _Room:

@@ -221,6 +221,11 @@ def check_id(id: object) -> Stamp:
     return Stamp(int(match[1], 16))
 
 
+def is_id(id: str) -> bool:
+    """Whether this can be the id of a checkpoint."""
+    return _ID.fullmatch(id) is not None
+
+
 def prefix_of(agent: str) -> str:
     """With what all keys begin that an agent uses in a tier."""
     quoted = quote(agent, safe="")

@@ -47,6 +47,15 @@ SUSPICION = 2.0
 """Seconds for which who was suspected stays so after the link to it is gone, while others still
 claim one: they notice what happened within a heartbeat."""
 
+RIVAL_AFTER_MS = 10
+"""Milliseconds after a replica began for which records of its writer may be those of the session
+before."""
+
+RIVAL_RECORDS = 4
+"""Newer records of its own writer after which a replica knows that another process is that writer,
+too. They come of themselves, as each wants to be the newer one. One or two may be left from before
+a clock was set back."""
+
 FORGET_AFTER = 600.0
 """Seconds for which a retired member's record is kept, so that no older one brings it back."""
 
@@ -81,6 +90,8 @@ class _Known:
     # As it came, to be passed on.
     data: bytes
     state: State | None = None
+    # Whether it was reachable in our time.
+    was_up: bool = False
     # Since when it is unreachable, down or retired.
     since: float | None = None
     # Until when it stays suspected, after the link to it is gone.
@@ -125,6 +136,9 @@ class Membership:
         # Whether a record changed since the states were computed.
         self.is_stale = True
         self.me = replace(me, seq=max(1, wall_ms()))
+        # How often somebody else has spoken of itself as this writer since we began to.
+        self._contradictions = 0
+        self._began = self.me.seq
         self._store(self.me, wire.encode_record(self.me), None)
 
     # Looking
@@ -152,10 +166,27 @@ class Membership:
             if writer != self.me.writer and known.state is not None:
                 yield known.record, known.state
 
+    @property
+    def has_rival(self) -> bool:
+        """Whether another process speaks of itself as the same writer."""
+        return self._contradictions >= RIVAL_RECORDS
+
     def state(self, writer: int) -> State | None:
         """A member's state; None if it is not known."""
         known = self._known.get(writer)
         return known.state if known else None
+
+    def seen_ms(self, writer: int, now: float) -> int:
+        """When a member was last known to be reachable, in milliseconds since 1970; of one that
+        was not in our time, when it last told of itself; 0 if it is not known."""
+        known = self._known.get(writer)
+        if known is None:
+            return 0
+        if known.state in ("up", "suspected"):
+            return self._wall_ms()
+        if known.state == "down" and known.was_up and known.since is not None:
+            return self._wall_ms() - int((now - known.since) * 1000)
+        return known.record.seq
 
     def orders(self) -> dict[int, int]:
         """Which records are here: writer -> order."""
@@ -198,6 +229,8 @@ class Membership:
         known = self._known.get(record.writer)
         if record.writer == self.me.writer:
             # An older session of this replica, or somebody who takes it for gone: be newer.
+            if record.session != self.me.session and record.seq > self._began + RIVAL_AFTER_MS:
+                self._contradictions += 1
             self._republish(replace(self.me, seq=record.seq))
             return False
         if known is None and len(self._known) >= wire.MEMBERS_MAX and not self._make_room():
@@ -311,6 +344,7 @@ class Membership:
         self._claiming.clear()
         self.me = replace(me, seq=self.me.seq)
         self._republish(self.me)
+        self._contradictions, self._began = 0, self.me.seq
 
     def _republish(self, record: Record) -> None:
         seq = max(record.seq + 1, self._wall_ms())
@@ -433,6 +467,7 @@ class Membership:
 
     def _set(self, known: _Known, state: State) -> None:
         before, known.state = known.state, state
+        known.was_up |= state == "up"
         if state == before:
             return
         record = known.record

@@ -222,6 +222,11 @@ class Native:
 
     # Reading
 
+    @property
+    def length(self) -> int:
+        """How many characters and items were ever written here, open edits not included."""
+        return sum(self._known.clocks.values())
+
     def contents(self) -> dict[str, Text | Array[Any] | YMap[Any]]:
         """The roots that hold something, open edits not included, as they are now: in a Doc of
         their own, which nobody observes."""

@@ -4,7 +4,8 @@ What waits to be sent on one connection, in four lanes.
     CONTROL    heartbeats, records, questions: small, and what the rest depends on
     LIVE       changes as they are made, and what is said of them (in their order)
     EPHEMERAL  presence: each newer one makes the older ones worthless
-    BULK       what was asked for: changes of the past, snapshots; and the goodbye, which comes last
+    BULK       what was asked for: changes of the past, snapshots, comparisons; and the goodbye,
+               which comes last
 
 A lane goes before those below it, but bulk always gets on a little. Everything is bounded: when
 control and live frames add up to too much, for one peer or for all together, the peer is
@@ -46,6 +47,10 @@ _LANES: dict[type[wire.Frame], Lane] = {
     wire.Have: Lane.LIVE,
     wire.Presence: Lane.EPHEMERAL,
     wire.Chunk: Lane.BULK,
+    wire.Compare: Lane.BULK,
+    wire.Compared: Lane.BULK,
+    wire.Digests: Lane.BULK,
+    wire.Diverged: Lane.BULK,
     wire.Bye: Lane.BULK,
 }
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import unified_diff
-from itertools import islice
+from itertools import chain, islice
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -26,7 +26,8 @@ from crdtstate.clock import Cut, HybridClock, Version
 from crdtstate.document import Document, EngineFailure
 from crdtstate.documents import DocumentSet
 from crdtstate.errors import InvalidUpdate, UsageError
-from crdtstate.lanes import Lanes, Plan, read_state
+from crdtstate.lanes import Lanes, Plan
+from crdtstate.loading import read_state
 from crdtstate.native import Array, Text, YMap, content, plain
 from crdtstate.slots import SEPARATOR, Cell, candidates, totals
 from crdtstate.values import pack, unpack, unpack_key
@@ -39,6 +40,9 @@ LONG = 200
 
 LINES_MAX = 60
 """Lines of a difference of texts that are shown."""
+
+PORTION = 2000
+"""Places that are compared at a time."""
 
 KINDS = {"m": "map", "r": "register", "c": "counter", "s": "set", "@": "strategy"}
 """What a container holds, by the first letter of its name."""
@@ -210,9 +214,12 @@ class PastDocument(Document):
         return touched if self.shared else list(self.index.replaced)
 
     def finish(self, version: Version) -> None:
-        """Check that this is the document at *version*. Raises InvalidUpdate."""
+        """Check that this is the document at *version*; no change can be taken in any more.
+        Raises InvalidUpdate."""
         if self.version != version:
             raise InvalidUpdate(f"{self.name!r} came out at {self.version}, not {version}")
+        # Where slots lie is only asked for by changes, and takes a quarter of the memory.
+        self.index.lanes = {}
 
     # What pycrdt gives for native types could be written to.
 
@@ -234,13 +241,18 @@ class Index(Lanes):
 
     def __init__(self, writer: int) -> None:
         super().__init__(writer)
-        self.close()
         # Nothing is ever tidied here.
         self.tended = []
         # What the newest change wrote, by path: the cell before it.
         self.replaced: dict[str, Cell] = {}
         # What it took out of its writer's lane without a difference that can be seen.
         self.dropped: list[str] = []
+
+    def _begin(self) -> None:
+        """There is no Doc: those belong to one thread."""
+
+    def close(self) -> None:
+        """Nothing has to be let go."""
 
     def apply(self, update: bytes, plan: Plan) -> list[str]:
         """Bring the index after a checked change, and remember what was there before."""
@@ -468,6 +480,10 @@ class Place:
         container, _, key = path.partition(SEPARATOR)
         return cls(container, key)
 
+    def order(self) -> tuple[str, str]:
+        """By which places are sorted."""
+        return self.container, self.key
+
     @property
     def kind(self) -> str:
         return KINDS[self.container[0]]
@@ -493,8 +509,7 @@ class Place:
 
     def cell(self, document: Document | None) -> Cell:
         """The slots there."""
-        found = document.lanes.containers.get(self.container) if document is not None else None
-        return found.cells.get(self.key, {}) if found is not None else {}
+        return _cells(document, self.container).get(self.key) or {}
 
     def read(self, document: Document | None) -> bytes | None:
         """What the place reads as, packed; None for nothing. A counter that counts nothing
@@ -565,7 +580,19 @@ class Selection:
         return False
 
     def covers_place(self, place: Place) -> bool:
-        return self._paths is None or self.covers(place.name, lambda: place.shown_key)
+        return self.is_all or self.covers(place.name, lambda: place.shown_key)
+
+    def covers_some_of(self, name: str) -> bool:
+        """Whether places of the view *name* can be among them."""
+        inside = path_text(name, "")[: len(name) + 1]
+        return self.is_all or any(
+            path == name or path.startswith(inside) for path in self._paths or ()
+        )
+
+    @property
+    def is_all(self) -> bool:
+        """Whether every place is meant."""
+        return self._paths is None
 
     def check(self) -> None:
         """Raise UsageError if one of them has named nothing."""
@@ -574,25 +601,38 @@ class Selection:
             raise UsageError(f"{missing[0]!r} names nothing, neither now nor then")
 
 
-def places(before: Document | None, after: Document | None, chosen: Selection) -> Iterator[Place]:
-    """The places where two documents of lanes, or nothing, can read differently."""
-    old = before.lanes.containers if before is not None else {}
-    new = after.lanes.containers if after is not None else {}
-    # By name, so that equal pasts give equal lists.
-    for container in sorted(old.keys() | new.keys()):
-        if container[0] not in KINDS:
+def portions(
+    before: Document | None, after: Document | None, chosen: Selection
+) -> Iterator[list[Place]]:
+    """The places where two documents of lanes, or nothing, can read differently, in no order, a
+    portion at a time; in between both may change."""
+    names = {name for each in (before, after) if each is not None for name in each.lanes.containers}
+    for container in names:
+        if container[0] not in KINDS or not chosen.covers_some_of(container[1:]):
             continue
-        olds = old[container].cells if container in old else {}
-        news = new[container].cells if container in new else {}
-        for key in sorted(olds.keys() | news.keys()):
-            place = Place(container, key)
-            if chosen.covers_place(place) and _may_differ(olds.get(key), news.get(key)):
-                yield place
+        keys = list(olds := _cells(before, container))
+        keys += [key for key in _cells(after, container) if key not in olds]
+        for at in range(0, len(keys), PORTION):
+            part = keys[at : at + PORTION]
+            if not chosen.is_all:
+                part = [key for key in part if chosen.covers_place(Place(container, key))]
+            olds, news = _cells(before, container), _cells(after, container)
+            yield [
+                Place(container, key)
+                for key in part
+                # The same candidates can read differently, by another strategy or other votes.
+                if (cell := olds.get(key)) != news.get(key) or (cell is not None and len(cell) > 1)
+            ]
 
 
-def _may_differ(one: Cell | None, other: Cell | None) -> bool:
-    # The same candidates can still read differently, under another strategy or other votes.
-    return one != other or len(one or {}) > 1
+def places(before: Document | None, after: Document | None, chosen: Selection) -> Iterator[Place]:
+    """The same, one by one, by name, so that equal pasts give equal lists."""
+    yield from sorted(chain.from_iterable(portions(before, after, chosen)), key=Place.order)
+
+
+def _cells(document: Document | None, container: str) -> Mapping[str, Cell]:
+    found = document.lanes.containers.get(container) if document is not None else None
+    return found.cells if found is not None else {}
 
 
 def natives(document: Document | None) -> dict[str, Text | Array[Any] | YMap[Any]]:

@@ -23,10 +23,13 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
-from crdtstate import announcements, arguments, sync, wire
+from crdtstate import announcements, arguments, casebook, commands, sync, wire
+from crdtstate.adoption import Adoption
 from crdtstate.audit import Audit
 from crdtstate.borrowing import Loan, borrow, lease_limit
 from crdtstate.checkpoints import Checkpoint, Checkpoints, default_tier
+from crdtstate.clock import Version
+from crdtstate.comparing import Divergence
 from crdtstate.config import Config
 from crdtstate.connections import FAREWELL, Connections
 from crdtstate.cutting import Cutter
@@ -43,6 +46,7 @@ from crdtstate.errors import (
     WaitTimeout,
 )
 from crdtstate.events import (
+    DivergenceDetected,
     EditsUndone,
     Event,
     IdentityRollback,
@@ -50,19 +54,23 @@ from crdtstate.events import (
     StoreFailed,
 )
 from crdtstate.glance import Glance
-from crdtstate.identity import draw_writer, may_keep_writer
+from crdtstate.identity import draw_writer
 from crdtstate.keeping import Keeping
+from crdtstate.keys import Keyring
+from crdtstate.ladder import Recovery
 from crdtstate.link import takes
 from crdtstate.lookback import Lookback
 from crdtstate.membership import Member
+from crdtstate.obeying import Docket, Obeying
 from crdtstate.observers import Observers
+from crdtstate.recovering import Check, Recovering
+from crdtstate.recovery import Ladder, Opened
 from crdtstate.resolving import Resolving
 from crdtstate.retention import Retention
 from crdtstate.saving import Saving
+from crdtstate.sharing import Packets, Sharing
 from crdtstate.slots import SEPARATOR
 from crdtstate.stores import Entry, Saved, Store
-from crdtstate.stores.journal import Journal
-from crdtstate.stores.memory import MemoryStore
 from crdtstate.tiers import Tier
 from crdtstate.transports import Http, Listener, listen
 from crdtstate.transports import lan as lan_module
@@ -95,7 +103,7 @@ class Peer:
     queued_bytes: int
 
 
-class Replica(Waiting, Keeping, Resolving):
+class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
     """A set of replicated documents in this process.
 
     Use it as ``async with Replica(...) as replica``: inside, it is recovered, listening and
@@ -128,8 +136,13 @@ class Replica(Waiting, Keeping, Resolving):
             of all, is the primary, in which alone they must succeed. If the last is another one
             of SQLite or S3, it is the archive for old ones. With it, a checkpoint is made every
             `Config.checkpoint_interval`. None: only when asked, beside the store
-            (``<store>.checkpoints``, made then), or in memory if there is none.
+            (``<store>.checkpoints``, made then), or in memory if there is none. When a replica
+            is opened, what the newest one of this agent has beyond the store is taken in.
         retention: Which checkpoints are kept; see `Retention`.
+        check: Looks, when it is opened, whether what was recovered can be used: called with the
+            replica, which it can read and not write, it raises or returns False if not; it may be
+            ``async``. Then the next source is tried; see `recovery`. Not called for a replica
+            with nothing in it; if all has to come from peers, once they have sent it.
 
     Raises:
         UsageError: An argument cannot be.
@@ -153,6 +166,7 @@ class Replica(Waiting, Keeping, Resolving):
         http: Http | None = None,
         checkpoints: Iterable[str | Tier] | None = None,
         retention: Retention | None = None,
+        check: Check | None = None,
     ) -> None:
         arguments.check_agent(agent)
         arguments.check_peers(peers)
@@ -183,12 +197,14 @@ class Replica(Waiting, Keeping, Resolving):
         self._subscribe = None if subscribe is None else arguments.check_patterns(subscribe)
         self._is_leasing = self._is_between_loans = lease
         self._session = self._rng.getrandbits(64)
-        self._state: Literal["new", "open", "closed"] = "new"
+        # While it is checked it can be read, and nothing else.
+        self._state: Literal["new", "checking", "open", "closed"] = "new"
         self._store: Store
         self._sync: sync.Sync
         self._lookback: Lookback
         self._loop: asyncio.AbstractEventLoop
         self._saving: Saving
+        self._adoption: Adoption
         self._connections = Connections(
             agent,
             self._peer_urls,
@@ -209,6 +225,10 @@ class Replica(Waiting, Keeping, Resolving):
         self._checkpoints = Checkpoints(
             agent, tiers, self.config, self._emit, retention=retention, made_late=made_late
         )
+        if check is not None and not callable(check):
+            raise UsageError(f"check is a function of the replica, not {check!r}")
+        self._check = check
+        self._recovery: Recovery | None = None
         self._listener: Listener | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         # Where the pump is: called soon, or running.
@@ -220,6 +240,9 @@ class Replica(Waiting, Keeping, Resolving):
         self._opened: dict[str, int] = {}
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._audit = Audit(self, self._tell_decided)
+        self._docket = Docket(self)
+        self._keyring = Keyring(self._beside("keys"))
+        self._packets = Packets(self._beside("shared"))
         # Peer -> what was refused of it the last time, of the last few.
         self._rejected: dict[str, str] = {}
 
@@ -230,9 +253,11 @@ class Replica(Waiting, Keeping, Resolving):
             raise UsageError("a Replica is opened once; make a new one")
         self._loop = asyncio.get_running_loop()
         loan = await self._borrow() if self._is_leasing else None
-        self._store = self._open_store()
+        opened: Opened | None = None
+        self._state = "checking"
         try:
-            self._recover()
+            opened = await self._climb()
+            self._begin(opened)
             self._state = "open"
             if self._listen_url is not None:
                 await self._listen(self._listen_url)
@@ -248,14 +273,22 @@ class Replica(Waiting, Keeping, Resolving):
                     await self._listener.close()
                 await self._checkpoints.release()
             finally:
-                self._store.close(clean=False)
+                if opened is not None:
+                    opened.store.close(clean=False)
             raise
+        self._tell_recovery(opened.recovery)
+        if opened.checks_later or opened.recovery.changes:
+            self._spawn(self._validate(opened), "validation")
+        if self.role == "agent":
+            self._spawn(self._adoption.run(), "adoption")
         self._wake()
         if self._lan is not None:
             self._spawn(self._search(self._lan), "local network")
         if loan is not None:
             self._sync.borrow(loan.lender, loan.terms.seqs)
             await self._await_loan(loan)
+        if takes(self._subscribe, commands.CONTROL):
+            self._docket.open()
         return self
 
     async def __aexit__(
@@ -271,6 +304,7 @@ class Replica(Waiting, Keeping, Resolving):
         if self._state != "open":
             return
         try:
+            await self._docket.close()
             await self._checkpoints.close()
             self._seal_quietly()
             self._pump()
@@ -315,25 +349,38 @@ class Replica(Waiting, Keeping, Resolving):
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _open_store(self) -> Store:
-        if self._store_path is None:
-            return MemoryStore()
-        return Journal(self._store_path, durability=self.durability)
+    async def _climb(self) -> Opened:
+        """Open the store and load the documents, from wherever they can be had."""
+        check = self._check
+        ladder = Ladder(
+            self,
+            self._writer,
+            None if self._is_leasing else self._checkpoints,
+            self.config,
+            path=self._store_path,
+            durability=self.durability,
+            takes=lambda name: takes(self._subscribe, name),
+            check=None if check is None else lambda: check(self),
+            has_peers=bool(self._peer_urls or self._listen_url or self._lan),
+        )
+        self._audit.is_loading = True
+        try:
+            return await ladder.climb()
+        finally:
+            self._audit.is_loading = False
 
-    def _recover(self) -> None:
-        """Load what the store has, and decide as whom to write."""
-        session = self._store.session
-        if session.writer is not None and may_keep_writer(session):
-            self._writer = session.writer
-        for item in self._store.load():
-            self._load(item)
+    def _begin(self, opened: Opened) -> None:
+        """Take up work with what was loaded."""
+        self._store = opened.store
         now, seeds = self._loop.time(), self._peer_urls
         self._sync = sync.Sync(self, self._hello(), self.config, self._rng, now, seeds)
-        self._sync.former.update(session.writers - {self._writer})
+        self._sync.former.update(opened.former - {self._writer})
         for name, version in self.versions():
             self._base[name] = self._opened[name] = version.get(self._writer, 0)
-            store = self._store
-            self._sync.restore(name, version, store.floor(name), store.size(name))
+            store, stored = self._store, opened.stored.get(name, Version())
+            self._sync.restore(name, stored, store.floor(name), store.size(name))
+            if stored != version:
+                self._sync.keep(name, now)
             self._clock.observe(self._documents[name].stamp, 2**47)
         self._saving = Saving(self._store, self._sync, self._emit, self._wake)
         self._lookback = Lookback(
@@ -344,6 +391,16 @@ class Replica(Waiting, Keeping, Resolving):
             settle=self._settle,
             wait_until=self._wait_until,
             takes=lambda name: takes(self._subscribe, name),
+        )
+        self._adoption = Adoption(
+            self,
+            self._sync,
+            self._checkpoints,
+            self.config,
+            members=self.members,
+            takes=lambda name: takes(self._subscribe, name),
+            emit=self._emit,
+            wake=self._wake,
         )
         self._connections.open(self._sync)
         self._saving.start(self.agent, self._writer)
@@ -420,6 +477,10 @@ class Replica(Waiting, Keeping, Resolving):
     def _on_write(self, document: Document) -> None:
         if self._is_between_loans:
             raise ReplicaClosed(f"{self.agent}: its leased writer is not to be written under now")
+        if self._state == "checking":
+            raise UsageError(
+                f"{self.agent}: a check reads; it cannot write, as nothing is open yet"
+            )
         super()._on_write(document)
 
     def _make(self, name: str, shared: bool) -> Document:
@@ -431,12 +492,15 @@ class Replica(Waiting, Keeping, Resolving):
     def _delivered(self, delivery: Delivery) -> None:
         super()._delivered(delivery)
         self._audit.note(delivery)
+        self._docket.note(delivery)
 
     def _check_usable(self) -> None:
         if self._state == "new":
             raise ReplicaClosed(f"{self.agent}: not open; use it inside 'async with Replica(...)'")
         if self._state == "closed":
             raise ReplicaClosed(f"{self.agent}: closed")
+        if self._state == "checking":
+            return
         if self._saving.unsaved_bytes > self.config.unsaved_bytes:
             assert self._store.failure is not None
             raise StoreUnavailable(self._store.path or "memory", str(self._store.failure))
@@ -477,6 +541,14 @@ class Replica(Waiting, Keeping, Resolving):
                 announcements.announce(self, checkpoint)
             except CRDTStateError as exc:
                 log.info("%s: checkpoint %s is not announced: %s", self.agent, checkpoint.id, exc)
+
+    def _record_command(self, agent: str, detail: str) -> None:
+        """A command of *agent* was executed or refused here: put it on record."""
+        self._saving.note(self._audit.commanded(agent, self.next_stamp(), detail))
+
+    def _beside(self, what: str) -> Path | None:
+        """The file beside the store for something else; None without a store."""
+        return None if self._store_path is None else Path(f"{self._store_path}.{what}")
 
     def _tell_decided(self, place: tuple[str, str, str], agent: str) -> None:
         """Votes decide something else at a place than before: it reads differently."""
@@ -583,12 +655,14 @@ class Replica(Waiting, Keeping, Resolving):
             "ready": glance.is_open and glance.store_failure is None,
             "store": glance.store,
             "store_failure": glance.store_failure,
+            "recovery": None if glance.recovery is None else glance.recovery.as_dict(),
             "peers": [peer.agent for peer in self.peers()],
             "unreachable": self.unreachable(),
             "documents": {name: version.total for name, version in sorted(self.versions())},
             "conflicts": self.count_conflicts() if glance.is_open else 0,
             "pending": glance.pending,
             "missing": glance.missing,
+            "divergences": [found._asdict() for found in self._divergences()],
         }
 
     def glance(self) -> Glance:
@@ -605,7 +679,13 @@ class Replica(Waiting, Keeping, Resolving):
             self._sync.copies,
             {name: self._store.kept(name) for name in self.documents()},
             *self._checkpoints.glance(),
+            divergences=len(self._divergences()),
+            recovery=self._recovery,
         )
+
+    def _divergences(self) -> list[Divergence]:
+        """Where this replica and others differ, as far as they have compared."""
+        return list(self._sync.comparing.alarms.values()) if self._state == "open" else []
 
     def __repr__(self) -> str:
         if self._state != "open":
@@ -628,6 +708,8 @@ class Replica(Waiting, Keeping, Resolving):
     def _pump(self) -> None:
         """Seal what was written, let the core decide, do what it says."""
         self._is_awake = False
+        if self._state == "checking":
+            raise UsageError(f"{self.agent}: a check reads; it cannot wait, as nothing is open yet")
         if self._is_pumping or self._state != "open":
             return
         self._is_pumping = True
@@ -686,8 +768,10 @@ class Replica(Waiting, Keeping, Resolving):
                 case sync.Delivered(document, change, paths, agent):
                     self.traffic.changes_in += change is not None
                     self._observers.tell_paths(document, paths, agent, local=False)
-                    for event in announcements.heard(document, paths):
-                        self._emit(event)
+                    for saved in announcements.heard(document, paths):
+                        self._emit(saved)
+                    for told in casebook.heard(document, paths):
+                        self._emit(told)
                 case sync.Fetch(peer, name, ranges):
                     self._saving.fetch(peer, name, ranges)
                 case sync.Dial(url):
@@ -713,6 +797,11 @@ class Replica(Waiting, Keeping, Resolving):
                 del self._rejected[next(iter(self._rejected))]
             if (record := self._audit.rejected(event.agent, event.reason)) is not None:
                 self._saving.note(record)
+        if isinstance(event, DivergenceDetected):
+            where = f"{event.path!r} of {event.document!r}, in lane {event.writer:x}"
+            log.error("%s: differs from %s at %s", self.agent, event.agent, where)
+        if self.role == "agent" and self._state == "open":
+            self._adoption.note(event)
         self._observers.tell(event)
 
     def _arm_timer(self) -> None:
@@ -768,6 +857,11 @@ class Replica(Waiting, Keeping, Resolving):
             return
         self._writer = new
         self._checkpoints.disown(old, self._base)
+        taken_back = {
+            name: self._base.get(name, 0)
+            for name, version in self.versions()
+            if version.get(old, 0) > self._base.get(name, 0)
+        }
         self._base = {}
         self._opened = {}
         self._sync.reidentified(self._hello(), self._loop.time())
@@ -780,6 +874,7 @@ class Replica(Waiting, Keeping, Resolving):
         for document in list(self._documents.values()):
             self.reload(document, new, load)
         self._audit.begin()
+        self._tell_taken_back(old, taken_back)
         self._emit(IdentityRollback(old, new, reason))
         self._wake()
 

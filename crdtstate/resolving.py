@@ -30,7 +30,7 @@ class Resolving(DocumentSet):
     config: Config
     role: Literal["agent", "relay"]
     _store: Store
-    _state: Literal["new", "open", "closed"]
+    _state: Literal["new", "checking", "open", "closed"]
 
     def members(self) -> list[Member]:
         """All known members of the mesh, this one included, by name."""

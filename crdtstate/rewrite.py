@@ -13,7 +13,7 @@ history of a document and keeps, for each place that the run wrote, what was the
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -34,7 +34,6 @@ from crdtstate.past import (
     native_difference,
     natives,
     path_text,
-    places,
 )
 from crdtstate.slots import Cell, Slot, candidates, totals
 from crdtstate.values import pack, unpack
@@ -47,31 +46,31 @@ class Step(NamedTuple):
         document: The document it writes to.
         size: How many bytes that takes at most, as a transaction counts them.
         can_wait: Whether others may write before it is taken.
-        take: Makes it; gives what it changed, if anything.
+        take: Makes it; gives what tells what it changed, if it did.
     """
 
     document: Document
     size: int
     can_wait: bool
-    take: Callable[[], Difference | None]
+    take: Callable[[], Callable[[], Difference] | None]
 
 
 # Restoring
 
 
 def restoring(
-    documents: DocumentSet, past: Past, names: Iterable[str], chosen: Selection
+    documents: DocumentSet, past: Past, found: Mapping[str, Iterable[Place]], chosen: Selection
 ) -> Iterator[Step]:
-    """Steps after which the documents *names* read as in *past*. Each has to be taken before the
-    next is asked for."""
-    for name in names:
+    """Steps after which documents read as in *past*, at those of their places that were *found* to
+    be able to read differently. Each has to be taken before the next is asked for."""
+    for name, differing in found.items():
         then = past.find(name)
         now = documents.find(name)
         if now is None:
             if then is None:
                 continue
-            now = documents.document(name, shared=then.shared)
-        for place in places(then, now, chosen):
+            now = documents.system_document(name, shared=then.shared)
+        for place in differing:
             wanted = place.read(then)
             if place.read(now) != wanted:
                 yield _writing(now, place, wanted)
@@ -81,7 +80,7 @@ def restoring(
 def _writing(document: Document, place: Place, wanted: bytes | None) -> Step:
     """A step after which *place* reads as *wanted*."""
 
-    def take() -> Difference | None:
+    def take() -> Callable[[], Difference] | None:
         before = place.read(document)
         if before == wanted:
             return None
@@ -90,7 +89,7 @@ def _writing(document: Document, place: Place, wanted: bytes | None) -> Step:
             document.count(place.container, max(count, 0), max(-count, 0))
         else:
             place.write(document, wanted)
-        return place.difference(document.name, before, wanted)
+        return partial(place.difference, document.name, before, wanted)
 
     return Step(document, _size(document, place, wanted), True, take)
 
@@ -124,7 +123,7 @@ def _rewriting(document: Document, root: str, wanted: Any) -> Iterator[Step]:
     for size, edit in edits(living, _empty(kind) if wanted is None else wanted):
         yield Step(document, size, False, partial(_make, edit))
     done = native_difference(document.name, root, before, wanted)
-    yield Step(document, 0, False, lambda: done)
+    yield Step(document, 0, False, lambda: lambda: done)
 
 
 def _make(edit: Callable[[], Any]) -> None:
@@ -351,7 +350,7 @@ class RunTrace:
             self._keep_forgotten(document, kept)
 
     def _uncounting(self, document: Document, place: Place, count: int, kept: list[Kept]) -> Step:
-        def take() -> Difference | None:
+        def take() -> Callable[[], Difference] | None:
             if not self._is_whole:
                 reason = "it may have added more than this, which is no longer in the log"
                 kept.append(_kept(document, place, reason))
@@ -363,14 +362,14 @@ class RunTrace:
                 return None
             before = place.read(document)
             document.count(place.container, max(-count, 0), max(count, 0))
-            return place.difference(document.name, before, place.read(document))
+            return partial(place.difference, document.name, before, place.read(document))
 
         return Step(document, _size(document, place, b"") + 64, True, take)
 
     def _undoing(self, document: Document, path: str, kept: list[Kept]) -> Step:
         place = Place.of(path)
 
-        def take() -> Difference | None:
+        def take() -> Callable[[], Difference] | None:
             wanted = self._wanted(document, path)
             now = place.read(document)
             if isinstance(wanted, str):
@@ -380,7 +379,7 @@ class RunTrace:
                 kept.append(_kept(document, place, SAME))
                 return None
             place.write(document, wanted)
-            return place.difference(document.name, now, wanted)
+            return partial(place.difference, document.name, now, wanted)
 
         return Step(document, _size(document, place, self._before.get(path)), True, take)
 

@@ -30,6 +30,7 @@ from crdtstate.manifest import (
     unpack_part,
 )
 from crdtstate.tiers import Item, Tier, open_tier
+from crdtstate.tiers.calls import closed
 
 log = logging.getLogger("crdtstate")
 
@@ -96,9 +97,20 @@ class Shelf:
         self._emit = emit
         self._tier = None if isinstance(tier, str) else tier
         self._opening = asyncio.Lock()
+        # The one through which the tier is reached, if it is not this.
+        self._door: Shelf | None = None
+        self._is_closed = False
 
     def __repr__(self) -> str:
         return f"<Shelf {self.url} {len(self.ids)} checkpoints{' FAILING' * bool(self.failure)}>"
+
+    def of(self, agent: str, emit: Callable[[Event], None]) -> Shelf:
+        """The same tier as the keeper of the checkpoints of another *agent*, for reading. It is
+        reached through this shelf, and so as long as this one is not closed."""
+        limits = {"limit": self._limit, "retry": self._retry, "retry_max": self._retry_max}
+        other = Shelf(self._url, agent, **limits, emit=emit)
+        other.url, other.made_late, other._door = self.url, self.made_late, self
+        return other
 
     # How it works
 
@@ -214,7 +226,8 @@ class Shelf:
         self.seen.pop(key.rpartition("/")[2], None)
 
     async def close(self) -> None:
-        """Let go of the tier, whatever it says to that."""
+        """Let go of the tier, whatever it says to that. Afterwards it fails. Idempotent."""
+        self._is_closed = True
         tier, self._tier = self._tier, None
         if tier is not None:
             try:
@@ -254,6 +267,10 @@ class Shelf:
             raise TierError(self.url, f"{type(exc).__name__}: {exc}") from exc
 
     async def _open(self) -> Tier:
+        if self._door is not None:
+            return await self._door._open()
+        if self._is_closed:
+            raise closed(self.url)
         if self._tier is None:
             async with self._opening:
                 if self._tier is None:

@@ -7,7 +7,7 @@ that decides what is visible (invariant L2 of `lanes`); everything else asks it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import msgpack
@@ -50,25 +50,39 @@ class Slot(NamedTuple):
     @classmethod
     def decode(cls, data: bytes) -> Slot:
         """Read a slot that may come from anybody. Raises InvalidUpdate."""
+        return decode_slots((data,))[0]
+
+
+def decode_slots(contents: Iterable[bytes]) -> list[Slot]:
+    """Read slots that may come from anybody. Raises InvalidUpdate."""
+    slots: list[Slot] = []
+    for data in contents:
         try:
-            parts = msgpack.unpackb(data, use_list=False)
+            parts = _unpack(data, use_list=False)
         except Exception as exc:
             raise InvalidUpdate(f"a slot is not valid msgpack: {exc}") from exc
-        if type(parts) is not tuple or len(parts) not in (3, 4):
+        if type(parts) is not tuple or not 3 <= len(parts) <= 4:
             raise InvalidUpdate("a slot has the wrong shape")
-        value, seq, stamp = parts[:3]
-        if value is not None and type(value) is not bytes:
+        covers = NO_COVERS
+        if len(parts) == 3:
+            value, seq, stamp = parts
+        else:
+            value, seq, stamp, flat = parts
+            covers = _decode_covers(flat)
+        if type(value) is not bytes and value is not None:
             raise InvalidUpdate("a slot's value is not bytes")
         if type(seq) is not int or not 0 < seq <= SEQ_MAX:
             raise InvalidUpdate("a slot's seq is out of range")
         if type(stamp) is not int or not 0 <= stamp <= STAMP_MAX:
             raise InvalidUpdate("a slot's stamp is out of range")
-        if len(parts) == 3:
-            return cls(value, seq, stamp)
-        return cls(value, seq, stamp, _decode_covers(parts[3]))
+        slots.append(_new(Slot, (value, seq, stamp, covers)))
+    return slots
 
 
 _pack = msgpack.Packer(use_bin_type=True).pack
+_unpack = msgpack.unpackb
+# What a NamedTuple does to make one, without its detour through Python.
+_new = tuple.__new__
 
 
 def _check_int(number: object, low: int, high: int, what: str) -> None:
@@ -170,6 +184,17 @@ class Container:
         elif not self.is_counter:
             self._judge(key, cell)
 
+    def enter(self, writer: int, keys: list[str], slots: list[Slot]) -> None:
+        """Set the slots of a lane that has said nothing at these *keys*; `update` for many."""
+        cells, is_counter = self.cells, self.is_counter
+        for key, slot in zip(keys, slots, strict=True):
+            if key in cells:
+                self.update(key, writer, slot)
+            else:
+                cells[key] = {writer: slot}
+                if slot.value is None and not is_counter:
+                    self.dead.add(key)
+
     def _judge(self, key: str, cell: Cell) -> None:
         count = len(candidates(cell))
         (self.dead.discard if count else self.dead.add)(key)
@@ -190,19 +215,39 @@ KINDS = frozenset("mcrs@")
 
 def check_content(path: str, slot: Slot) -> None:
     """Check that a foreign slot holds what views of its kind can read. Raises InvalidUpdate."""
-    container, separator, key = path.partition(SEPARATOR)
-    kind = container[:1]
-    if not separator or len(container) < 2 or kind not in KINDS:
-        raise InvalidUpdate(f"path {path!r} is not a path")
-    value = None if slot.value is None else values.unpack(slot.value)
+    container, key = split_path(path)
+    if slot.value is not None:
+        values.check(slot.value)
+    if container[0] != "m":
+        _check_kind(container, key, slot)
+
+
+def check_contents(container: str, keys: list[str], slots: list[Slot]) -> None:
+    """The same for many slots of one container."""
+    values.check_all([slot.value for slot in slots if slot.value is not None])
+    if container[0] != "m":
+        for key, slot in zip(keys, slots, strict=True):
+            _check_kind(container, key, slot)
+
+
+def _check_kind(container: str, key: str, slot: Slot) -> None:
+    kind = container[0]
     if kind == "c":
         totals(slot)
     elif kind == "s":
         values.unpack_key(key)
-    elif kind == "@" and type(value) is not str:
-        raise InvalidUpdate(f"slot {path!r} holds no name")
+    elif kind == "@" and (slot.value is None or type(values.unpack(slot.value)) is not str):
+        raise InvalidUpdate(f"slot {key!r} of {container!r} holds no name")
     if key and kind in "cr":
-        raise InvalidUpdate(f"path {path!r} has a key where there is one value")
+        raise InvalidUpdate(f"{container!r} has a key where there is one value: {key!r}")
+
+
+def split_path(path: str) -> tuple[str, str]:
+    """The container and the key that a foreign *path* names. Raises InvalidUpdate."""
+    container, separator, key = path.partition(SEPARATOR)
+    if not separator or len(container) < 2 or container[0] not in KINDS:
+        raise InvalidUpdate(f"path {path!r} is not a path")
+    return container, key
 
 
 def totals(slot: Slot) -> tuple[int, int]:

@@ -37,6 +37,7 @@ from typing import NamedTuple
 from crdtstate import wire
 from crdtstate.change import Change, Snapshot, decode_change
 from crdtstate.clock import Version
+from crdtstate.comparing import JOBS_MAX, Comparing
 from crdtstate.config import Config
 from crdtstate.document import Document, EngineFailure
 from crdtstate.documents import DocumentSet
@@ -55,7 +56,7 @@ from crdtstate.events import (
 from crdtstate.haves import Haves
 from crdtstate.leases import Leases, Loan
 from crdtstate.ledger import Ledger
-from crdtstate.link import Link, takes
+from crdtstate.link import Link, Rival, takes
 from crdtstate.mesh import Mesh
 from crdtstate.outbox import FAIR_BYTES, Lane, Outboxes, lane_of
 from crdtstate.outgoing import Outgoing
@@ -72,6 +73,13 @@ CHECKSUM_BYTES = 17
 
 QUARANTINE_MAX = 1000
 STRIKES_MAX = 20
+
+RIVAL_BEATS = 3
+"""Heartbeats within which a process that lives answers; see `Sync._keeps`."""
+
+RIVAL_DOCUMENT = "@recovery"
+"""Any name: of nothing, everybody has all."""
+
 _EMPTY = Version()
 
 
@@ -227,6 +235,17 @@ class Sync:
         # Of relays: the writers they lend; and what this replica borrowed.
         self.leases = Leases(rng) if hello.role == "relay" else None
         self._loan = Loan()
+        self.comparing = Comparing(
+            documents,
+            self._links,
+            config,
+            # Chance of its own: without comparisons, everything is as it would be.
+            random.Random(f"comparing {hello.session}"),
+            self._takes,
+            self._send,
+            lambda event: self._effects.append(Emit(event)),
+            now,
+        )
         # Document -> own seq that a peer acknowledged after it got it from here.
         self.own_acked: dict[str, int] = {}
         # When a connection may have been silent for too long, at the earliest; and when to look
@@ -284,6 +303,7 @@ class Sync:
         yield "cached snapshots", len(uploads), CACHE_MAX
         yield "uploads", uploads.served, max(SERVED_MAX, len(self._links))
         yield "downloads", self._downloads.active, DOWNLOADS_MAX
+        yield "comparisons", len(self.comparing), 2 * JOBS_MAX
         yield "offers", len(self._downloads), len(self._ledger.pages)
         share = self._serving.share_bytes
         for link in self._links.values():
@@ -350,6 +370,7 @@ class Sync:
             self._upkeep.tidy_at,
             self._quorum.next_deadline(),
             self.presence.next_deadline(),
+            self.comparing.next_deadline(),
             self._outgoing.next_deadline(),
         ):
             if at is not None and at < soonest:
@@ -367,6 +388,15 @@ class Sync:
         page.floor = floor.copy()
         if (found := self.documents.find(document)) is not None:
             self._upkeep.note(found, self._now)
+
+    def keep(self, document: str, now: float) -> None:
+        """A document has more than the store, from a checkpoint: let the store keep it."""
+        self._now = now
+        found = self.documents.find(document)
+        assert found is not None, f"{document!r} is not here"
+        self.comparing.forget(document)
+        self._save(found)
+        self._upkeep.note(found, now)
 
     def _make_mesh(self, now: float) -> Mesh:
         return Mesh(
@@ -431,6 +461,7 @@ class Sync:
         self._outboxes.clear(link)
         self._serving.uploads.peer_down(peer)
         self._downloads.peer_down(peer)
+        self.comparing.peer_down(peer)
         self.mesh.gone(link, now)
 
     def leave(self, now: float) -> None:
@@ -542,6 +573,8 @@ class Sync:
                 self._on_want(link, frame)
             case wire.Members():
                 self.mesh.on_members(link, frame, self._now)
+                if self.mesh.members.has_rival and not self._loan.is_begun:
+                    self._reidentify("another process writes as the same writer: a copied store")
             case wire.Roll():
                 self.mesh.on_roll(link, frame)
             case wire.Ask():
@@ -549,7 +582,7 @@ class Sync:
                 if self._quorum.on_ask(link, frame, self._now, persisted, synced):
                     self._pass_on(frame, link, frozenset(frame.names))
             case wire.Answer():
-                self._quorum.on_answer(frame)
+                self._on_answer(link, frame)
             case wire.Presence():
                 if self.presence.on_presence(frame, self._now):
                     self._emit_presence(frame)
@@ -562,6 +595,14 @@ class Sync:
                 self._on_return(link, frame)
             case wire.Hello():
                 self._on_hello(link, frame)
+            case wire.Compare():
+                self.comparing.on_compare(link, frame, self._now)
+            case wire.Compared():
+                self.comparing.on_compared(link, frame, self._now)
+            case wire.Digests():
+                self.comparing.on_digests(link, frame, self._now)
+            case wire.Diverged():
+                self.comparing.on_diverged(link, frame, self._now)
             case wire.Offer():
                 self._on_offer(link, frame)
             case wire.Get():
@@ -574,6 +615,8 @@ class Sync:
             case wire.Bye():
                 link.is_closing = True
                 code = link.bye = _bye_code(frame.code)
+                if code is wire.ByeCode.SAME_WRITER and not self._loan.is_begun:
+                    self._reidentify(f"{link.agent} hears two processes: a copied store")
                 self._effects.append(HangUp(link.peer, code, f"they said: {frame.reason}"))
 
     def _strike(self, link: Link, reason: str) -> None:
@@ -612,6 +655,15 @@ class Sync:
             return
         for other in self.peers:
             if other.hello is not None and other.hello.writer == hello.writer:
+                if hello.session != other.hello.session and self._keeps(other, hello.session):
+                    if other.rival is not None and other.rival.is_answered:
+                        reason = "two processes write as one writer"
+                        self._hang_up(other, wire.ByeCode.SAME_WRITER, reason)
+                        self._hang_up(link, wire.ByeCode.SAME_WRITER, reason)
+                    else:
+                        reason = "there is another connection, perhaps of a former life"
+                        self._hang_up(link, wire.ByeCode.DUPLICATE, reason)
+                    return
                 if not self._replaces(link, other, hello):
                     if link.url is not None:
                         self.mesh.topology.met(link.url, hello.writer, is_self=False)
@@ -637,6 +689,25 @@ class Sync:
         if self.hello.role == "agent" and hello.address is None:
             return sum(link.is_leaf for link in peers) >= self.config.leaves_max
         return len(peers) >= self.config.links_max
+
+    def _keeps(self, old: Link, session: int) -> bool:
+        """Whether a link of a writer stays although another *session* of it says hello. Either
+        the old process died without a word; or both live, and one is a copy. So the old one is
+        asked something, and the new one has to come again, until it is known which."""
+        patience = RIVAL_BEATS * self.config.heartbeat
+        if self._now - old.heard > patience:
+            return False
+        if old.rival is None or old.rival.session != session:
+            nonce = self._rng.getrandbits(64)
+            old.rival = Rival(session, self._now, nonce)
+            self._send(old.peer, wire.Ask(nonce, 1, (old.agent,), RIVAL_DOCUMENT, Version()))
+        return old.rival.is_answered or self._now - old.rival.since < patience
+
+    def _on_answer(self, link: Link, frame: wire.Answer) -> None:
+        if link.rival is not None and link.rival.nonce == frame.nonce:
+            # What was on its way from a process that died is no answer to what came later.
+            link.rival = link.rival._replace(is_answered=True)
+        self._quorum.on_answer(frame)
 
     def _replaces(self, new: Link, old: Link, hello: wire.Hello) -> bool:
         """Which of two connections with one peer stays; both sides must say the same."""
@@ -750,6 +821,7 @@ class Sync:
     def rebuilt(self, document: str, now: float) -> None:
         """The document was loaded from the store again."""
         self._now = now
+        self.comparing.forget(document)
         self._wants.hurry(document, now)
         found = self.documents.find(document)
         assert found is not None, f"{document!r} was rebuilt and is not there"
@@ -832,10 +904,14 @@ class Sync:
         snapshot = Snapshot.decode(data)
         if snapshot.document != name:
             raise ProtocolError(f"a snapshot of {snapshot.document!r} in place of {name!r}")
+        self._take_snapshot(snapshot, link.agent, len(data))
+
+    def _take_snapshot(self, snapshot: Snapshot, agent: str, size: int) -> None:
+        name = snapshot.document
         own = snapshot.version.get(self.hello.writer, 0)
         is_known = own <= self._version(name).get(self.hello.writer, 0)
         if not is_known and not self._loan.is_earlier(name, own):
-            self._reidentify(f"a snapshot of {link.agent} has more of this writer in {name!r}")
+            self._reidentify(f"a snapshot of {agent} has more of this writer in {name!r}")
             return
         document = self._find_or_make(name, snapshot.shared)
         if document.is_broken:
@@ -846,12 +922,39 @@ class Sync:
         except EngineFailure as exc:
             self._rebuild(name, str(exc))
             return
+        self.comparing.forget(name)
         self.documents.observe(snapshot.stamp)
         self._save(document)
-        self._effects.append(Delivered(document, None, paths, link.agent))
-        self._effects.append(Emit(SnapshotReceived(name, link.agent, len(data))))
+        self._effects.append(Delivered(document, None, paths, agent))
+        self._effects.append(Emit(SnapshotReceived(name, agent, size)))
         self._upkeep.note(document, self._now)
         self._retry_pending(document)
+
+    def take_in(
+        self, snapshot: Snapshot, changes: Iterable[Change], agent: str, now: float
+    ) -> None:
+        """Take in what a checkpoint of *agent* has of a document, by the rules for what comes from
+        peers: a snapshot, and the changes after it in causal order.
+
+        Raises:
+            InvalidUpdate: It breaks the rules; what came before that is taken in.
+        """
+        self._now = now
+        name, mine = snapshot.document, self.hello.writer
+        if not snapshot.version <= self._version(name):
+            self._take_snapshot(snapshot, agent, len(snapshot.state))
+        for change in changes:
+            document = self.documents.find(name)
+            if self._is_reidentifying or document is None or document.is_broken:
+                return
+            if document.version.covers(change.dot):
+                continue
+            if change.writer == mine and not self._loan.is_earlier(name, change.seq):
+                self._reidentify(f"a checkpoint of {agent} has more of this writer in {name!r}")
+            elif not document.is_ready(change):
+                raise InvalidUpdate(f"{change!r} does not follow what is before it")
+            else:
+                self._deliver(None, document, change)
 
     def _retry_pending(self, document: Document) -> None:
         """After a jump of the version: deliver what became ready, forget what is contained."""
@@ -1021,6 +1124,7 @@ class Sync:
         self._quorum.reset()
         self.mesh.rename(hello)
         self.presence.rename(hello.writer)
+        self.comparing.reset()
         for link in list(self._links.values()):
             self._hang_up(link, wire.ByeCode.NORMAL, "new writer")
 
@@ -1048,6 +1152,7 @@ class Sync:
         self.mesh.tick(now)
         self._ask_questions()
         self._tick_presence()
+        self.comparing.tick(now)
         if self._adopt_at <= now:
             self._quorum.expire(now)
             if self._quorum:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 
 from crdtstate.catalogue import Catalogue
 from crdtstate.errors import CorruptCheckpoint, TierError
@@ -28,7 +29,7 @@ log = logging.getLogger("crdtstate")
 
 ORPHAN_GRACE = 3600.0
 """Seconds for which a part stays that no checkpoint names, by the clock of its tier: it may belong
-to one that is being written."""
+to one that is being written by somebody else. What was put from here is known to be no use."""
 
 
 class Tending:
@@ -36,10 +37,12 @@ class Tending:
 
     Args:
         catalogue: The agent's checkpoints.
+        on_done: Called when a tier has what it should have.
     """
 
-    def __init__(self, catalogue: Catalogue) -> None:
+    def __init__(self, catalogue: Catalogue, on_done: Callable[[], None]) -> None:
         self._catalogue = catalogue
+        self._on_done = on_done
         self._agent = catalogue.agent
 
     async def run(self, shelf: Shelf) -> None:
@@ -61,6 +64,7 @@ class Tending:
                     # It may have what the others lack.
                     self._catalogue.lost.clear()
                 shelf.recovered()
+                self._on_done()
                 if not shelf.woken.is_set():
                     shelf.quiet.set()
 
@@ -76,12 +80,13 @@ class Tending:
                 async with shelf.lock:
                     await shelf.forget(manifest_key(self._agent, id))
                     shelf.ids.discard(id)
+        # First of all, so that there is room in a tier that is full.
+        await self._collect(shelf, items, wanted)
         for id in sorted(wanted - self._catalogue.lost.keys(), reverse=True):
             try:
                 await self._complete(shelf, id, items)
             except CorruptCheckpoint as exc:
                 self._catalogue.lost[id] = str(exc)
-        await self._collect(shelf, items, wanted)
         held = {id for each in self._catalogue.shelves for id in each.ids}
         for id in self._catalogue.dropped.keys() - held:
             del self._catalogue.dropped[id]
@@ -156,7 +161,8 @@ class Tending:
         now = max((item.put_at for item in items.values()), default=0.0)
         for name in sorted(orphans(names, stay)):
             key = part_key(self._agent, name)
-            if name not in known and now - items[key].put_at < ORPHAN_GRACE:
+            is_ours = name in known or name in shelf.seen
+            if not is_ours and now - items[key].put_at < ORPHAN_GRACE:
                 continue
             async with shelf.lock:
                 if name not in self._catalogue.writing and not self._catalogue.is_named(

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zoneinfo
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -34,6 +35,9 @@ INT_BYTES_MAX = 1785
 
 _EXT_INT = 1
 _EXT_DATETIME = 2
+
+_OPENING = bytes([*range(0x80, 0xA0), *range(0xDC, 0xE0)])
+"""The bytes that begin a list or a dict."""
 
 _KEYS = frozenset({type(None), bool, int, float, str, bytes})
 _SCALARS = _KEYS | {datetime}
@@ -103,7 +107,24 @@ def unpack(data: bytes) -> Any:
 
 def check(data: bytes) -> None:
     """Raise `InvalidUpdate` unless `unpack` can read *data*."""
-    unpack(data)
+    check_all((data,))
+
+
+def check_all(packed: Iterable[bytes]) -> None:
+    """Raise `InvalidUpdate` unless `unpack` can read each of *packed*."""
+    # Whole states pass here. What has text or bytes for keys, and too few bytes that open something
+    # to nest too deep, needs no looking at.
+    for data in packed:
+        size = len(data)
+        if size <= DEPTH_MAX or size - len(data.translate(None, _OPENING)) <= DEPTH_MAX:
+            try:
+                msgpack.unpackb(data, strict_map_key=True, timestamp=3, ext_hook=_restore)
+            except Exception:
+                pass  # there may be other keys in it
+            else:
+                if size <= VALUE_BYTES_MAX:
+                    continue
+        unpack(data)
 
 
 def _is_plain(value: Any) -> bool:

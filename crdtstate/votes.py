@@ -136,7 +136,7 @@ class Documents(Protocol):
     def find(self, name: str) -> Document | None:
         """The document *name* if there is one."""
 
-    def document(self, name: str) -> Document:
+    def system_document(self, name: str) -> Document:
         """The document *name*, made on first use."""
 
     def seal_now(self, document: Document) -> None:
@@ -226,7 +226,7 @@ class Polls:
                 f"{where}: votes counted until {end.time.isoformat(timespec='seconds')} "
                 "(Config.vote_deadline); resolve() it"
             )
-        book = documents.document(VOTES)
+        book = documents.system_document(VOTES)
         if electorate != self.electorate():
             book.map("rules")["electorate"] = [electorate.deadline_ms, *electorate.voters]
         flat = [number for dot in sorted(conflict.dots) for number in dot]

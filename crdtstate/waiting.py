@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from crdtstate import sync
 from crdtstate.clock import Cut, Version
+from crdtstate.comparing import Comparison
 from crdtstate.config import Config
 from crdtstate.consistency import Confirm, Confirmation, Receipt, StrongRead, StrongWrite
 from crdtstate.document import Document
@@ -169,6 +170,36 @@ class Waiting(DocumentSet):
             return self._sync.is_synced()
 
         await self._until(is_synced, timeout, "the peers")
+
+    async def compare(self, *, peers: int = 2, timeout: float | None = None) -> Comparison:
+        """Compare what all documents hold with *peers* of those who are connected now (fewer, if
+        there are not so many), and say who agrees. A difference is a fault, and raises
+        `DivergenceDetected` on both sides; nothing is changed. See `crdtstate.comparing`.
+
+        Each lane is compared when both have taken in the same of it. What is written all the time
+        is tried a few times and then named in `Comparison.uncompared`; compare at a quiet moment,
+        or after `synced`, to have all of it compared. Two that disagree do not show which of them
+        is right; with more, see who agrees with whom. Who has not answered within *timeout*
+        seconds is in `Comparison.unanswered`; nothing is raised for it.
+
+        Raises:
+            UsageError: *peers* is not a number above 0.
+        """
+        self._check_usable()
+        self._check_settled()
+        if type(peers) is not int or peers < 1:
+            raise UsageError(f"peers is a number above 0, not {peers!r}")
+        self._seal_open()
+        self._pump()
+        inquiry = self._sync.comparing.begin(peers, self._loop.time())
+        try:
+            await self._wait_until(lambda: inquiry.is_done, "peers to compare with", timeout)
+        except WaitTimeout:
+            # They are named.
+            pass
+        finally:
+            self._sync.comparing.withdraw(inquiry)
+        return inquiry.result()
 
     async def _until(self, ready: Callable[[], bool], timeout: float | None, what: str) -> None:
         self._check_settled()

@@ -28,6 +28,7 @@ import msgpack
 import zstandard
 
 from crdtstate.clock import SEQ_MAX, WRITER_MAX, Version
+from crdtstate.digests import FANOUT, LEAF_MAX, PREFIX_BYTES_MAX
 from crdtstate.errors import ProtocolError, UsageError
 from crdtstate.votes import VOTERS_MAX
 
@@ -83,6 +84,10 @@ PATTERNS_MAX = 100
 DIGEST_BYTES = 32
 RETRY_MS_MAX = 24 * 3600 * 1000
 UINT64_MAX = 2**64 - 1
+COMPARED_MAX = 256
+"""Lanes that one frame compares."""
+PATH_CHARS_MAX = 1100
+HEADS_MAX = 40_000
 
 COMPRESS_BYTES_MIN = 200
 """Smaller frames rarely shrink."""
@@ -119,6 +124,17 @@ class ByeCode(IntEnum):
     """Two processes write as the same writer, as after copying a store. One must stop."""
     PRUNED = 6
     """The sender has more links than it needs; it is still a member. Don't dial it for a while."""
+
+
+class Verdict(IntEnum):
+    """Whether two replicas hold the same."""
+
+    OTHER = 0
+    """It cannot be told: the version is another one here, or there is no such thing."""
+    SAME = 1
+    DIFFERENT = 2
+    BUSY = 3
+    """It cannot be told now."""
 
 
 ROLES: tuple[Role, ...] = ("agent", "relay")
@@ -350,6 +366,60 @@ class Return:
     seqs: dict[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """Do you hold the same? Of all of a document, or of some lanes; see `comparing`."""
+
+    nonce: int
+    document: str
+    whole: tuple[int, int] | None
+    """64 bits over its version, and over its content;"""
+    lanes: tuple[tuple[int, int, int], ...] = ()
+    """or (writer, seq, 64 bits over the lane's content). One of the two is given."""
+    is_fresh: bool = False
+    """It matters: go through it again, if that was not done just now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """What is the same: one verdict for all of the document, or one for each lane."""
+
+    nonce: int
+    verdicts: tuple[Verdict, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """What the sender has, below a prefix of the hashes of paths, of a lane that differs: sums by
+    the next byte, or slots."""
+
+    document: str
+    writer: int
+    """Whose lane; 0: all of a document of native types."""
+    mark: int
+    """The lane's seq; of native types 64 bits over the version."""
+    prefix: bytes
+    children: tuple[int, ...]
+    """FANOUT sums, or none: then these are all the slots:"""
+    slots: tuple[tuple[str, int], ...]
+    """(path, 64 bits over the slot)."""
+    heads: dict[int, int]
+    """Of the history that the sender has taken in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Diverged:
+    """Here we differ: this is what the sender has at a path. If it has nothing, the receiver is to
+    find out whether that is a fault."""
+
+    document: str
+    writer: int
+    mark: int
+    path: str
+    digest: int | None
+    heads: dict[int, int]
+
+
 Frame = (
     Hello
     | Bye
@@ -369,11 +439,16 @@ Frame = (
     | Lend
     | Return
     | Presence
+    | Compare
+    | Compared
+    | Digests
+    | Diverged
 )
 
 
-# Encoding. Type numbers are for ever. Set aside for what is planned: 1, 6-10, 19-22, 27, 30, 31
-# (welcome, probes, bucketed versions, acknowledgements, stability, end of snapshot, credit, error).
+# Encoding. Type numbers are for ever; from 128 on, those who do not know them skip them. Set aside
+# for what is planned: 1, 6-10, 19-22, 27, 30, 31 (welcome, probes, bucketed versions,
+# acknowledgements, stability, end of snapshot, credit, error).
 
 
 def encode_frame(frame: Frame) -> bytes:
@@ -457,6 +532,18 @@ def _to_array(frame: Frame) -> tuple[Any, ...]:
             return (38, writer, tuple(seqs), tuple(seqs.values()))
         case Presence(writer, agent, count, ttl_ms, value):
             return (40, writer, agent, count, ttl_ms, value)
+        case Compare(nonce, document, whole, lanes, is_fresh):
+            sums = (whole is not None, *(whole or (0, 0)))
+            return (128, nonce, document, *sums, tuple(chain.from_iterable(lanes)), is_fresh)
+        case Compared(nonce, verdicts):
+            return (129, nonce, tuple(verdicts))
+        case Digests(document, writer, mark, prefix, children, slots, heads):
+            paths, entries = zip(*slots, strict=True) if slots else ((), ())
+            flat = tuple(chain.from_iterable(heads.items()))
+            return (130, document, writer, mark, prefix, children, paths, entries, flat)
+        case Diverged(document, writer, mark, path, digest, heads):
+            flat = tuple(chain.from_iterable(heads.items()))
+            return (131, document, writer, mark, path, digest is not None, digest or 0, flat)
         case Bye(code, reason):
             return (2, code, reason)
 
@@ -556,12 +643,12 @@ def _read_head(source: msgpack.Unpacker) -> tuple[int, int]:
 
 
 def _read_frame(source: msgpack.Unpacker, length: int, kind: int) -> Frame | None:
-    known = 1 if kind >= _SKIPPED_FROM else _LENGTHS.get(kind, 0)
+    known = _LENGTHS.get(kind, 1 if kind >= _SKIPPED_FROM else 0)
     if not known:
         raise ProtocolError(f"unknown frame type {kind}")
     if not known <= length <= FIELDS_MAX:
         raise ProtocolError(f"a frame of type {kind} lacks fields or has too many: {length}")
-    frame = None if kind >= _SKIPPED_FROM else _read_fields(source, kind)
+    frame = _read_fields(source, kind) if kind in _LENGTHS else None
     for _ in range(length - known):
         source.skip()
     return frame
@@ -571,6 +658,7 @@ _LENGTHS = {
     **{0: 11, 2: 3, 3: 10, 4: 4, 5: 3},
     **{16: 4, 17: 4, 18: 3, 24: 4, 25: 4, 26: 5, 28: 3},
     **{34: 8, 35: 5, 36: 1, 37: 4, 38: 4, 40: 6},
+    **{128: 8, 129: 3, 130: 9, 131: 8},
 }
 """How many values a frame's array has at least, by type."""
 
@@ -647,6 +735,18 @@ def _read_fields(source: msgpack.Unpacker, kind: int) -> Frame:
                 ttl_ms=_number(read(), 0, TTL_MS_MAX),
                 value=None if (value := read()) is None else _sized(value, bytes, 0, PRESENCE_MAX),
             )
+        case 128:
+            return _read_compare(source)
+        case 129:
+            nonce = _number(read(), 0, UINT64_MAX)
+            verdicts = tuple(map(Verdict, _read_array(source, COMPARED_MAX, int)))
+            return Compared(nonce, verdicts)
+        case 130:
+            return _read_digests(source)
+        case 131:
+            place = (_name(read()), _number(read(), 0, WRITER_MAX), _number(read(), 0, UINT64_MAX))
+            path, has_one, entry = _path(read()), _flag(read()), _number(read(), 0, UINT64_MAX)
+            return Diverged(*place, path, entry if has_one else None, _read_heads(source))
         case 2:
             return Bye(_number(read(), 0, 0xFFFF), _sized(read(), str, 0, 500))
         case _:
@@ -661,6 +761,49 @@ def _read_fields(source: msgpack.Unpacker, kind: int) -> Frame:
                 is_durable=_flag(read()),
                 documents=_read_patterns(source),
             )
+
+
+def _read_compare(source: msgpack.Unpacker) -> Compare:
+    read = source.unpack
+    nonce, document, told = _number(read(), 0, UINT64_MAX), _name(read()), _flag(read())
+    whole = (_number(read(), 0, UINT64_MAX), _number(read(), 0, UINT64_MAX))
+    flat = _read_array(source, COMPARED_MAX, int, group=3)
+    writers, seqs = _within(flat[0::3], WRITER_MAX), _within(flat[1::3], SEQ_MAX)
+    lanes = tuple(zip(writers, seqs, _uint64s(flat[2::3]), strict=True))
+    if told == bool(lanes) or len(set(writers)) < len(writers):
+        raise ProtocolError("compares nothing, or something twice")
+    return Compare(nonce, document, whole if told else None, lanes, _flag(read()))
+
+
+def _read_digests(source: msgpack.Unpacker) -> Digests:
+    read = source.unpack
+    place = (_name(read()), _number(read(), 0, WRITER_MAX), _number(read(), 0, UINT64_MAX))
+    prefix = _sized(read(), bytes, 0, PREFIX_BYTES_MAX)
+    children = _uint64s(_read_array(source, FANOUT, int))
+    paths = tuple(map(_path, _read_array(source, LEAF_MAX, str)))
+    entries = _uint64s(_read_array(source, LEAF_MAX, int))
+    if len(children) not in (0, FANOUT) or (children and paths):
+        raise ProtocolError("digests are sums or slots")
+    if len(set(paths)) != len(entries):
+        raise ProtocolError("not one digest for each path")
+    slots = tuple(zip(paths, entries, strict=True))
+    return Digests(*place, prefix, children, slots, _read_heads(source))
+
+
+def _read_heads(source: msgpack.Unpacker) -> dict[int, int]:
+    flat = _read_array(source, HEADS_MAX, int, group=2)
+    writers, seqs = _within(flat[0::2], WRITER_MAX), _within(flat[1::2], SEQ_MAX)
+    return dict(zip(writers, seqs, strict=True))
+
+
+def _uint64s(numbers: tuple[int, ...]) -> tuple[int, ...]:
+    if numbers and not 0 <= min(numbers) <= max(numbers) <= UINT64_MAX:
+        raise ProtocolError("not all of these are numbers of 64 bits")
+    return numbers
+
+
+def _path(value: Any) -> str:
+    return _sized(value, str, 1, PATH_CHARS_MAX)
 
 
 @lru_cache(maxsize=RECORDS_CACHED)

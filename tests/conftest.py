@@ -1,5 +1,15 @@
-"""Fixtures for every test module: one of each server for the whole of the suite."""
+"""
+Fixtures for every test module: one of each server, of each process that runs tests.
 
-from servers import redis_server, s3_credentials, s3_server
+With ``-n`` tests run in several processes; ``--dist loadfile`` leaves those of one file together
+and in order, as some tell one story with one fixture.
+"""
 
-__all__ = ["redis_server", "s3_credentials", "s3_server"]
+from hypothesis import settings
+from servers import bucket, redis_server, s3_credentials, s3_server
+
+__all__ = ["bucket", "redis_server", "s3_credentials", "s3_server"]
+
+# How fast something is is not a matter of tests, least of all beside others.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")

@@ -16,6 +16,7 @@ from typing import Any
 from crdtstate import consistency, document, lanes, outgoing, slots, sync
 from crdtstate.change import Change
 from crdtstate.clock import Version
+from crdtstate.comparing import Comparing
 from crdtstate.consistency import StrongRead, StrongWrite
 from crdtstate.document import Document
 from crdtstate.lanes import Lanes
@@ -270,6 +271,15 @@ def forwards_nothing() -> None:
 
     outgoing._may_lack = own_only
     Wants._choose = asks_nobody
+
+
+# Comparing
+
+
+@mutant
+def alarm_without_waiting_for_what_the_other_had() -> None:
+    settle = Comparing._is_settled
+    Comparing._is_settled = lambda self, missing, now: settle(self, missing._replace(heads={}), now)
 
 
 # Leases

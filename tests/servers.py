@@ -30,6 +30,8 @@ from pathlib import Path
 
 import pytest
 
+SHM = Path(f"/dev/shm/crdtstate-{os.geteuid()}")
+
 START_SECONDS = 60
 """For one that is slow; half a second is usual."""
 
@@ -96,6 +98,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def make_certificate(folder: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1, and its key."""
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    request = ["req", "-x509", "-newkey", "ed25519", "-nodes", "-days", "2", "-subj", "/CN=test"]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(["openssl", *request, *names, *files], check=True, capture_output=True)
+    return certificate, key
+
+
 class RedisServer:
     """One redis-server: nothing on the disk, all of its memory given back at the end."""
 
@@ -155,6 +167,17 @@ class S3Server:
         process = self.processes.start("radosgw", *self._daemon, "-n", f"client.{port}", frontend)
         self.processes.wait_until(lambda: _answers(port))
         return process
+
+    def end_gateway(self, process: subprocess.Popen[bytes]) -> None:
+        process.kill()
+        process.wait()
+        self.processes.running.remove(process)
+
+    def limit(self, bucket: str, bytes_max: int) -> None:
+        """Let a bucket have no more than so many bytes."""
+        of = [f"--bucket={bucket}", "--quota-scope=bucket"]
+        self._run("radosgw-admin", "quota", "set", *of, f"--max-size={bytes_max}B")
+        self._run("radosgw-admin", "quota", "enable", *of)
 
     def make_bucket(self) -> str:
         """Make an empty bucket and return its name."""
@@ -274,6 +297,25 @@ def _signed(endpoint: str, method: str, path: str) -> urllib.request.Request:
     return urllib.request.Request(endpoint + path, method=method, headers=headers)
 
 
+class Gateway:
+    """One more gateway to the cluster of an `S3Server`, to be broken as a `RedisServer` can be."""
+
+    def __init__(self, server: S3Server, bucket: str) -> None:
+        self.server, self.port = server, free_port()
+        self.url = f"s3://{bucket}/{uuid.uuid4().hex}?endpoint=http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        self.process = self.server.start_gateway(self.port)
+
+    def kill(self) -> None:
+        self.server.end_gateway(self.process)
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.kill()
+
+
 @contextmanager
 def stopped(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """Let a process hang meanwhile: it keeps its connections and answers nothing."""
@@ -303,3 +345,27 @@ def s3_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts the credentials of `s3_server` where they belong: in the environment."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
+
+
+@pytest.fixture(scope="session")
+def bucket(s3_server: S3Server) -> str:
+    return s3_server.make_bucket()
+
+
+def url_of(kind: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of an empty tier of that kind."""
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    match kind:
+        case "memory":
+            yield "memory://"
+        case "shm":
+            yield f"shm://{name}"
+            shutil.rmtree(SHM / name, ignore_errors=True)
+        case "sqlite":
+            yield f"sqlite:///{request.getfixturevalue('tmp_path')}/tier.db"
+        case "redis":
+            yield f"{request.getfixturevalue('redis_server').url}?prefix={name}:"
+        case "s3":
+            request.getfixturevalue("s3_credentials")
+            server, bucket = (request.getfixturevalue(each) for each in ("s3_server", "bucket"))
+            yield server.url(bucket, name)

@@ -159,7 +159,24 @@ async def restore_in_parts(directory: Path, tiers: list[str], steps: Steps) -> N
     await restore(directory, tiers, steps)
 
 
-STORIES = {"checkpoint": checkpoint, "restore": restore, "restore_in_parts": restore_in_parts}
+async def recover(directory: Path, tiers: list[str], steps: Steps) -> None:
+    """Open whatever is there."""
+    steps.arm()
+    async with Replica(
+        "victim", store=directory / "victim.db", checkpoints=tiers, config=CONFIG
+    ) as replica:
+        await replica.durable()
+        steps.is_armed = False
+        assert replica.recovery is not None
+        say(f"recovered {replica.recovery.source} {len(replica.map('log'))}")
+
+
+STORIES = {
+    "checkpoint": checkpoint,
+    "restore": restore,
+    "restore_in_parts": restore_in_parts,
+    "recover": recover,
+}
 
 
 def main() -> None:

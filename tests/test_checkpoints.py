@@ -7,14 +7,15 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import msgpack
 import pytest
+from checkpointing import agent, fill, happens, hear, load, quick, rebuild, users
 from faulty_tier import FaultyTier, Mood
-from harness import asynchronous, contents
+from harness import asynchronous
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
@@ -27,7 +28,6 @@ from crdtstate import (
     CorruptCheckpoint,
     CorruptStore,
     Cut,
-    Event,
     Replica,
     ReplicaClosed,
     Retention,
@@ -43,7 +43,6 @@ from crdtstate.checkpoints import Checkpoints
 from crdtstate.documents import DocumentSet
 from crdtstate.manifest import (
     DELTAS_MAX,
-    LoadedDocument,
     make_id,
     make_part,
     manifest_key,
@@ -55,63 +54,9 @@ from crdtstate.relay.metrics import Metrics, encode
 from crdtstate.stores.memory import MemoryStore
 from crdtstate.tending import ORPHAN_GRACE
 
-E = TypeVar("E", bound=Event)
-
 MOODS = [mood for mood in get_args(Mood) if mood != "well"]
 NURSERY = Path(__file__).with_name("checkpoint_child.py")
 KILLS = 60
-
-
-def quick(**settings: Any) -> Config:
-    """Settings under which nothing that fails is waited for long."""
-    fast = {"checkpoint_interval": 0, "tier_timeout": 0.3}
-    return Config(**{**fast, "tier_retry": 0.01, "tier_retry_max": 0.02, **settings})
-
-
-def agent(*tiers: Any, store: Path | None = None, **options: Any) -> Replica:
-    config = quick(**options.pop("settings", {}))
-    return Replica("agent", checkpoints=tiers, store=store, config=config, **options)
-
-
-def users(documents: DocumentSet) -> dict[str, Any]:
-    """What lies in the documents that are not the system's."""
-    return {name: lanes for name, lanes in contents(documents).items() if name[0] != "@"}  # type: ignore[arg-type]
-
-
-def rebuild(loaded: Iterable[LoadedDocument]) -> dict[str, Any]:
-    """What lies in the documents of a checkpoint."""
-    documents = DocumentSet("reader", 99, lambda: 1)
-    for name, shared, version, snapshot, changes in loaded:
-        documents.load_snapshot(name, snapshot)
-        for change in changes:
-            documents.load_change(name, change)
-        found = documents.find(name)
-        assert found is not None and found.version == version and found.shared == shared
-    return users(documents)
-
-
-async def load(replica: Replica, id: str) -> dict[str, Any]:
-    return rebuild(await replica._checkpoints.load(id))
-
-
-def hear(replica: Replica, *kinds: type[Event]) -> list[Any]:
-    heard: list[Event] = []
-    for kind in kinds:
-        replica.on(kind, heard.append)
-    return heard
-
-
-async def happens(replica: Replica, kind: type[E], done: Callable[[E], bool] = lambda _: True) -> E:
-    """Wait for an event; start it as a task before what causes it."""
-    async for event in replica.events(kind):
-        assert isinstance(event, kind)
-        if done(event):
-            return event
-    raise AssertionError("closed before it happened")
-
-
-def fill(replica: Replica, keys: int = 100) -> None:
-    replica.map("plan").update({f"key-{number}": number for number in range(keys)})
 
 
 def keys(tier: FaultyTier, kind: str) -> list[str]:
@@ -691,7 +636,8 @@ async def test_closing_waits_for_the_checkpoint_that_is_being_made() -> None:
         making = asyncio.ensure_future(replica.checkpoint("last"))
         await tier.is_putting.wait()
         closing = asyncio.ensure_future(replica.close())
-        await asyncio.sleep(0)
+        for _ in range(10):
+            await asyncio.sleep(0)
         with pytest.raises(ReplicaClosed):
             await replica._checkpoints.create("too late")
         assert not closing.done()
@@ -758,7 +704,7 @@ async def test_only_the_users_documents_make_one_necessary() -> None:
         assert checkpoints._has_changed()
         await replica.checkpoint()
         assert not checkpoints._has_changed()
-        replica.document("@control").map("x")["y"] = 1
+        replica.system_document("@control").map("x")["y"] = 1
         replica.version()
         assert not checkpoints._has_changed()
         replica.document("new").map("x")["y"] = 1
@@ -868,7 +814,7 @@ async def test_nonsense_in_the_document_tells_nothing() -> None:
     async with Replica("one", listen="ws://127.0.0.1:0") as one:
         async with Replica("other", peers=[str(one.address)]) as other:
             heard = hear(other, CheckpointSaved)
-            newest = one.document("@checkpoints").map("newest")
+            newest = one.system_document("@checkpoints").map("newest")
             good = {"id": "i", "label": "l", "version": "v", "tiers": []}
             newest["a"] = 7
             newest["b"] = {}

@@ -42,6 +42,19 @@ best: 9
 leader: bob by vote
 audit: ['resolution by resolve', 'vote by vote', 'decision by vote']
 """,
+    "controller.py": """\
+in every checkpoint: 4 agents, missing ()
+  agent-1  fulfilled: 'paused: budget'
+  agent-2  fulfilled: 'paused: budget'
+  agent-3  no answer
+agent-3, once it is back: paused: budget
+restored: True by {'queen'}
+{'agent-1': 'working', 'agent-2': 'working', 'agent-3': 'working'} 300
+agent-1 up 1 checkpoint 0 conflicts
+agent-2 up 1 checkpoint 0 conflicts
+agent-3 up 1 checkpoint 0 conflicts
+queen up 1 checkpoint 0 conflicts
+""",
     "blocking_agent.py": """\
 the relay has: {'task-0': 0, 'task-1': 1, 'task-2': 4, 'task-3': 9, 'task-4': 16, 'task-5': 25, \
 'task-6': 36, 'task-7': 49}

@@ -381,6 +381,29 @@ REFUSED_CHANGES = {
 }
 
 
+MANY = [slot(key=f"a{n}") for n in range(8)]
+
+# What stands among many of one kind is read in another way.
+REFUSED_CHANGES |= {
+    f"{name} among many": (update(section(7, 1, *MANY, struct)), reason)
+    for name, struct, reason in [
+        ("deleted item", deleted(1, key="x"), "info byte 0x21"),
+        ("two buffers", item(SLOT, b"\x02\x74\x00\x74\x00", parent=0, key="k"), "one buffer"),
+        ("no buffer", item(SLOT, b"\x00", parent=0, key="k"), "one buffer"),
+        ("a string for a buffer", item(SLOT, b"\x01\x77\x00", parent=0, key="k"), "one buffer"),
+        ("parent of another client", slot(client=9, key="x"), "another client"),
+        ("parent in the future", slot(parent=9, key="x"), "not older"),
+        ("one key twice", slot(key="a3"), "a key twice"),
+        ("too long a key", slot(key="k" * (KEY_BYTES_MAX + 1)), "a key of"),
+        ("bad UTF-8", slot(key=b"\xff"), "UTF-8"),
+        ("bad UTF-8 in a long key", slot(key=b"\xff" * 200), "UTF-8"),
+        ("overlong size of a key", b"\x28\x00\x07\x00\x81\x00k" + b"\x01\x74\x00", "longer"),
+        ("overlong size of a slot", b"\x28\x00\x07\x00\x01k\x01\x74\x81\x00v", "longer"),
+        ("endless size of a slot", b"\x28\x00\x07\x00\x01k\x01\x74" + b"\xff" * 20, "63 bits"),
+    ]
+}
+
+
 @pytest.mark.parametrize("name", REFUSED_CHANGES)
 def test_a_change_is_refused_that_has(name):
     change, reason = REFUSED_CHANGES[name]
@@ -477,6 +500,36 @@ REFUSED_STATES = {
     "trailing bytes": (update(section(7, 0, *LANE)) + b"\x00", "after the end"),
     "bad UTF-8": (update(section(7, 0, segment(), slot(key=b"\xff"))), "UTF-8"),
     "nothing": (b"", "cut off"),
+}
+
+
+REFUSED_STATES |= {
+    f"{name} among many": (update(section(7, 0, segment(), *MANY, *structs), deletes=dead), reason)
+    for name, structs, dead, reason in [
+        ("two chains at one key", [slot(key="a3")], None, "two chains"),
+        ("a deleted chain at the key of a live one", [deleted(1, key="a3")], {7: [(9, 1)]}, "two"),
+        (
+            "two deleted chains at one key",
+            [deleted(1, key="x"), slot(), deleted(1, key="x")],
+            {7: [(9, 1), (11, 1)]},
+            "two chains",
+        ),
+        ("deleted run of length 0", [deleted(0, key="x")], None, "length 0"),
+        ("no delete of what is dead", [deleted(1, key="x")], None, "exactly"),
+        ("fork of a chain", [deleted(1, key="x"), *[slot(origin=9)] * 2], {7: [(9, 1)]}, "end"),
+        ("two live items in a chain", [slot(origin=3)], None, "deleted end"),
+        ("slots in a slot", [slot(parent=1, key=str(n)) for n in range(8)], None, "live map"),
+        ("huge run", [deleted(2**32, key="x")], {7: [(9, 2**32)]}, "clocks are used up"),
+    ]
+}
+
+
+REFUSED_STATES |= {
+    f"{declared} items declared and 9 there": (
+        b"\x01" + encode_varint(declared) + b"\x07\x00" + segment() + b"".join(MANY) + b"\x00",
+        reason,
+    )
+    for declared, reason in [(3, "deletes of 40 clients"), (8, "deletes of 40"), (20, "cut off")]
 }
 
 

@@ -490,6 +490,31 @@ def test_a_goodbye_retires_without_being_down() -> None:
     assert host.members.count == 1
 
 
+def test_two_processes_of_one_writer_find_each_other_out_and_one_that_restarts_does_not() -> None:
+    one, copy = Host(), Host()
+    copy.members.me = replace(copy.members.me, session=99)
+    for turn in range(1, 10):
+        for sender, taker in ((one, copy), (copy, one)):
+            taker.wall_ms = sender.wall_ms = taker.wall_ms + 50
+            sender.members.publish((turn,), set(), 0.0)
+            taker.take(sender.members.me)
+        if one.members.has_rival:
+            break
+    assert one.members.has_rival and copy.members.has_rival and turn > 1
+    one.members.rename(record(2))
+    assert not one.members.has_rival
+
+    restarted = Host()
+    for seq in (5, 800, 900, 1005):
+        # What the session before said, in any order; the last just before it ended.
+        restarted.take(replace(record(1, 3, seq=seq), session=98))
+        restarted.take(gone(replace(record(1, seq=seq), session=98)))
+    for seq in (5000, 6000, 7000, 8000):
+        # What was said of this very session, whoever passes it on.
+        restarted.take(record(1, 3, seq=seq))
+    assert not restarted.members.has_rival
+
+
 def test_to_leave_is_to_say_so_in_the_own_record() -> None:
     host, other = Host(), Host(writer=9)
     host.members.publish((9,), {9}, 0.0)

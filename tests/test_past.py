@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import threading
 import weakref
@@ -19,7 +20,7 @@ from crdtstate.change import Change, Snapshot
 from crdtstate.clock import Version
 from crdtstate.documents import DocumentSet
 from crdtstate.errors import CorruptStore, InvalidUpdate
-from crdtstate.past import Past
+from crdtstate.past import Past, PastDocument
 from crdtstate.stores import Entry
 from crdtstate.votes import Electorate
 
@@ -456,6 +457,46 @@ def test_a_past_that_does_not_come_out_at_its_version_is_refused() -> None:
         fill({1: 2}, second, change)
 
 
+def test_a_past_that_was_completed_takes_no_more_changes() -> None:
+    agent = Agent(1)
+    agent.map("plan")["x"] = 1
+    (first,) = agent.sealed()
+    agent.map("plan")["x"] = 2
+    (second,) = agent.sealed()
+    past = Past()
+    past.fill("main", False, Version({1: 1}), None, [first.data])
+    document = past.find("main")
+    assert isinstance(document, PastDocument)
+
+    with pytest.raises(InvalidUpdate):
+        document.take(second)
+
+    assert past.map("plan")["x"] == 1
+
+
+@pytest.mark.parametrize("whence", ["checkpoint", "journal"])
+@asynchronous
+async def test_others_have_their_turn_while_the_past_is_rebuilt(whence: str) -> None:
+    agent = Archived(1)
+    agent.map("plan").update({f"k{n}": n for n in range(20_000)})
+    cut = agent.version()
+    agent.keep_checkpoint("one")
+    agent.map("plan")["k0"] = "later"
+    agent.compact("main", 10**9)
+    rebuilding = asyncio.create_task(
+        agent.lookback.at("one" if whence == "checkpoint" else cut, None)
+    )
+    turns = 0
+
+    while not rebuilding.done():
+        await asyncio.sleep(0)
+        turns += 1
+
+    with rebuilding.result() as past:
+        assert dict(past.map("plan")) == {f"k{n}": n for n in range(20_000)}
+    assert turns > 100
+
+
 # Differences
 
 
@@ -508,7 +549,7 @@ def test_a_difference_of_long_texts_is_bounded() -> None:
 def test_differences_can_be_asked_of_documents_and_paths() -> None:
     agent = Archived(1)
     for name in ("one", "two", "@system"):
-        agent.document(name).map("plan").update(a=1, b=2)
+        agent.system_document(name).map("plan").update(a=1, b=2)
         agent.document(name).counter("n").increment()
     cut = Cut()
 

@@ -3,6 +3,7 @@ writes are lost."""
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from pathlib import Path
@@ -63,6 +64,48 @@ def test_after_a_restore_everything_reads_as_then_and_another_one_changes_nothin
 
 def _lanes(agent: Archived) -> dict[str, Any]:
     return {name: content for name, content in contents(agent).items() if content}
+
+
+def test_a_restore_tells_what_it_changed_by_name() -> None:
+    agent = Archived(1)
+    cut = agent.version()
+    for key in "bca":
+        agent.map("plan")[key] = 1
+        agent.map("first")[key] = 1
+
+    changed = agent.restore(cut)
+
+    assert [each.path for each in changed] == [
+        f"{name}[{key!r}]" for name in ("first", "plan") for key in "abc"
+    ]
+
+
+@asynchronous
+async def test_others_can_write_while_a_restore_looks_and_nothing_of_it_is_lost() -> None:
+    agent = Archived(1)
+    plan = agent.map("plan")
+    then = {f"k{n}": n for n in range(10_000)}
+    plan.update(then)
+    cut = agent.version()
+    plan.update({key: "changed" for key in list(then)[::7]})
+    plan["new"] = 1
+    restoring = asyncio.create_task(agent.lookback.restore(cut, None, None, "", ""))
+    written: set[str] = set()
+
+    while not restoring.done():
+        key = f"k{len(written) * 37 % 10_000}"
+        plan[key] = "meanwhile"
+        written.add(key)
+        await asyncio.sleep(0)
+
+    changed = {each.key for each in restoring.result()}
+    assert changed >= set(list(then)[::7]) - written | {"new"}
+    assert len(written) > 10
+    assert {key for key in then if plan[key] != then[key]} <= written and "new" not in plan
+    assert all(plan[key] in (then[key], "meanwhile") for key in then)
+    agent.sealed()
+    await agent.lookback.restore(cut, None, None, "", "")
+    assert dict(plan) == then
 
 
 @settings(max_examples=100, deadline=None)
@@ -150,10 +193,10 @@ def test_a_restore_is_one_recorded_change_of_each_document() -> None:
 def test_a_restore_can_be_of_documents_and_paths_and_leaves_the_rest() -> None:
     agent = Archived(1)
     for name in ("one", "two", "@system"):
-        agent.document(name).map("plan").update(a=1, b=1)
+        agent.system_document(name).map("plan").update(a=1, b=1)
     cut = agent.version()
     for name in ("one", "two", "@system"):
-        agent.document(name).map("plan").update(a=2, b=2, c=2)
+        agent.system_document(name).map("plan").update(a=2, b=2, c=2)
         agent.document(name).counter("n").increment()
 
     agent.restore(cut, documents=["one"], paths=["plan['a']", "plan['c']"])

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import asynchronous
@@ -153,3 +154,68 @@ async def test_at_every_step_of_a_restore(tmp_path: Path, tiers: list[str]) -> N
 async def test_at_every_step_of_a_restore_in_parts(tmp_path: Path, tiers: list[str]) -> None:
     async with nursery() as agents:
         assert await play_restores(agents, "restore_in_parts", tmp_path, tiers) >= 3
+
+
+async def prepare(directory: Path, tier: str, state: str) -> set[str]:
+    """Leave a store that is not as it was; returns what is to be had of it all the same."""
+    path = directory / "victim.db"
+    options: dict[str, Any] = {"store": path, "checkpoints": [tier], "config": CONFIG}
+    for part in range(3):
+        async with Replica("victim", **options) as victim:
+            for number in range(10 * part, 10 * part + 10):
+                victim.map("log")[str(number)] = f"needle {number} " + "x" * 200
+                await victim.durable()
+            if part == 1:
+                await victim.checkpoint()
+        if part == 0:
+            shutil.copy(path, directory / "old.db")
+    data = bytearray(path.read_bytes())
+    match state:
+        case "damaged":
+            data[data.rindex(b"needle 25 ") + 20] ^= 1
+            path.write_bytes(data)
+            return {str(number) for number in range(25)}
+        case "rolled back":
+            path.write_bytes((directory / "old.db").read_bytes())
+        case "gone":
+            path.unlink()
+    return {str(number) for number in range(20)}
+
+
+@pytest.mark.parametrize("state", ["damaged", "rolled back", "gone"])
+@asynchronous
+async def test_at_every_step_of_a_recovery(tmp_path: Path, state: str) -> None:
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    expected = await prepare(origin, f"sqlite:///{origin}/tier.db", state)
+    broken = content(origin / "victim.db")
+    kills: list[str] = []
+    async with nursery() as agents:
+        for step in range(1, STEPS_MAX):
+            place = tmp_path / str(step)
+            shutil.copytree(origin, place)
+            tier = f"sqlite:///{place}/tier.db"
+            was_killed, said = await agents.play(step, "recover", place, tier)
+            for turn in range(2 if step % 4 == 0 else 1):
+                async with Replica(
+                    "victim", store=place / "victim.db", checkpoints=[tier], config=CONFIG
+                ) as survivor:
+                    assert set(survivor.map("log")) == expected, (step, said)
+                    assert survivor.recovery is not None and not survivor.recovery.is_escalated
+                    assert turn == 0 or len(survivor.recovery.attempts) == 1
+            left = {found.name for found in place.iterdir()}
+            assert not any("rebuilt" in name or "recovering" in name for name in left), left
+            if state == "damaged":
+                assert content(place / "victim.db.damaged-1") == broken
+                assert "victim.db.damaged-2" not in left
+            if not was_killed:
+                assert told(said, "recovered")
+                break
+            kills.append(said[-1])
+        else:
+            pytest.fail(f"it has more than {STEPS_MAX} steps")
+    assert len(kills) >= 2 and len(set(kills)) >= 2, kills
+
+
+def content(path: Path) -> bytes:
+    return path.read_bytes() if path.exists() else b""

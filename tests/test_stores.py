@@ -167,6 +167,43 @@ def test_a_change_that_would_leave_a_gap_or_come_twice_is_a_bug_of_the_caller(
     assert list(opened.store.load()) == [change("plan", ANNA, 1)]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_loaded_is_the_snapshots_and_what_they_lack(seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    stores = opener_of("process", tmp_path / "state.db")
+    open_it = next(stores)
+    opened = open_it()
+    delivered: list[Entry] = []
+    versions: dict[str, dict[int, int]] = {"plan": {}, "notes": {}}
+    kept: dict[str, Saved] = {}
+    for _ in range(40):
+        name, writer = rng.choice(["plan", "plan", "notes"]), rng.choice([ANNA, BERT])
+        seq = versions[name][writer] = versions[name].get(writer, 0) + 1
+        delivered.append(change(name, writer, seq))
+        opened.append(delivered[-1])
+        if rng.random() < 0.1:
+            # A snapshot may be a little older than what is in the journal by then.
+            at = {who: max(1, seq - rng.choice([0, 0, 3])) for who, seq in versions[name].items()}
+            before = kept[name].version if name in kept else Version()
+            if before <= Version(at):
+                kept[name] = saved(name, at)
+                opened.compact(name, at, rng.choice([0, 50, 10**6]))
+        if rng.random() < 0.05:
+            opened = open_it()
+
+        found = list(opened.store.load())
+
+        snapshots = [each for each in found if isinstance(each, Saved)]
+        assert {each.document: each for each in snapshots} == kept
+        assert found[len(snapshots) :] == [
+            each
+            for each in delivered
+            if each.document not in kept
+            or not kept[each.document].version.covers((each.writer, each.seq))
+        ]
+    opened.store.close()
+
+
 # Reading ranges
 
 

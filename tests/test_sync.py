@@ -316,10 +316,29 @@ def test_a_restarted_peer_replaces_the_connection_of_its_former_life() -> None:
     new = Node(2, session=7)
     del old.links, one.links[here]
 
+    # It may be that both are alive: so the old one gets a few heartbeats to answer.
+    connect(one, new)
+    run(one, new, seconds=1)
+    assert [link.peer for link in one.core.peers] == [here]
+    run(one, new, seconds=1.5)
     fresh, _ = connect(one, new)
     run(one, new, seconds=1)
 
     assert [link.peer for link in one.core.peers] == [fresh]
+    assert not one.reidentified and not new.reidentified
+
+
+def test_two_that_write_as_one_writer_are_both_told_by_a_third() -> None:
+    one, copied, _, _ = pair()
+    copy = Node(2, session=7)
+    for _ in range(4):
+        connect(one, copy)
+        run(one, copied, copy, seconds=1)
+        if copied.reidentified:
+            break
+
+    assert len(copied.reidentified) == len(copy.reidentified) == 1
+    assert not one.reidentified
 
 
 def test_a_connection_to_oneself_ends() -> None:

@@ -24,7 +24,16 @@ from pathlib import Path
 import pytest
 from fault_vfs import Disk, FaultHost
 from harness import asynchronous
-from servers import RedisServer, S3Server, free_port, stopped
+from servers import (
+    SHM,
+    Gateway,
+    RedisServer,
+    S3Server,
+    free_port,
+    make_certificate,
+    stopped,
+    url_of,
+)
 from tier_child import number_in, whole
 
 import crdtstate.tiers.redis
@@ -39,34 +48,9 @@ from crdtstate.tiers.sqlite import SqliteTier
 
 SHARED = ["shm", "sqlite", "redis", "s3"]
 CHILD = Path(__file__).with_name("tier_child.py")
-SHM = Path(f"/dev/shm/crdtstate-{os.geteuid()}")
 
-SLACK_SECONDS = 1.5
+SLACK_SECONDS = 5.0
 """By which a call may be later than its limit on a machine that is busy."""
-
-
-@pytest.fixture(scope="session")
-def bucket(s3_server: S3Server) -> str:
-    return s3_server.make_bucket()
-
-
-def url_of(kind: str, request: pytest.FixtureRequest) -> Iterator[str]:
-    """The URL of an empty tier of that kind."""
-    name = f"test-{uuid.uuid4().hex[:12]}"
-    match kind:
-        case "memory":
-            yield "memory://"
-        case "shm":
-            yield f"shm://{name}"
-            shutil.rmtree(SHM / name, ignore_errors=True)
-        case "sqlite":
-            yield f"sqlite:///{request.getfixturevalue('tmp_path')}/tier.db"
-        case "redis":
-            yield f"{request.getfixturevalue('redis_server').url}?prefix={name}:"
-        case "s3":
-            request.getfixturevalue("s3_credentials")
-            server, bucket = (request.getfixturevalue(each) for each in ("s3_server", "bucket"))
-            yield server.url(bucket, name)
 
 
 @pytest.fixture(params=["memory", *SHARED])
@@ -1187,6 +1171,28 @@ async def test_a_redis_with_a_password() -> None:
 
 
 @asynchronous
+async def test_a_redis_behind_tls_shows_a_certificate_that_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, key = map(str, make_certificate(tmp_path))
+    shown = ["--tls-cert-file", certificate, "--tls-key-file", key, "--tls-auth-clients", "no"]
+    port = free_port()
+    with redis("--tls-port", str(port), *shown):
+        url = f"rediss://127.0.0.1:{port}/0"
+        async with opened(url) as tier:
+            async with failing("it cannot be reached .*(?i:certificate)", 1):
+                await tier.put("k", b"x")
+        monkeypatch.setenv("SSL_CERT_FILE", certificate)
+        async with opened(url) as tier:
+            await tier.put("k", b"x")
+            assert await tier.get("k") == b"x"
+            assert await keys(tier) == ["k"]
+        async with opened(url.replace("rediss:", "redis:")) as tier:
+            async with failing("it cannot be reached", 3):
+                await tier.put("k", b"y")
+
+
+@asynchronous
 async def test_a_redis_that_may_not_be_written_to() -> None:
     at_once = ("--repl-diskless-sync-delay", "0")
     with redis(*at_once) as primary, redis("--replicaof", f"127.0.0.1 {primary.port}") as replica:
@@ -1297,28 +1303,41 @@ async def test_an_s3_server_that_is_gone(s3_credentials: None) -> None:
 async def test_an_s3_server_that_hangs_or_restarts(
     s3_server: S3Server, bucket: str, s3_credentials: None
 ) -> None:
-    port = free_port()
-    gateway = s3_server.start_gateway(port)
-    url = f"s3://{bucket}/{uuid.uuid4().hex}?endpoint=http://127.0.0.1:{port}"
-    async with opened(url) as tier:
+    gateway = Gateway(s3_server, bucket)
+    async with opened(gateway.url) as tier:
         await tier.put("k", b"x")
-        with stopped(gateway):
+        with stopped(gateway.process):
             await all_fail("no answer within|does not answer in time", tier, S3_SECONDS)
         # Not "k": what was given up may be done now, before or after this.
         await tier.put("z", b"z")
         assert await tier.get("z") == b"z"
 
         gateway.kill()
-        gateway.wait()
-        s3_server.processes.running.remove(gateway)
         async with failing("it cannot be reached", 2):
             await tier.get("z")
-        gateway = s3_server.start_gateway(port)
+        gateway.start()
         assert await tier.get("z") == b"z"
         await tier.put("after", b"x")
-    gateway.kill()
-    gateway.wait()
-    s3_server.processes.running.remove(gateway)
+    gateway.stop()
+
+
+@asynchronous
+async def test_a_bucket_that_is_full_is_told_and_keeps_what_it_has(
+    s3_server: S3Server, s3_credentials: None
+) -> None:
+    bucket = s3_server.make_bucket()
+    s3_server.limit(bucket, 100_000)
+    async with opened(s3_server.url(bucket)) as tier:
+        kept = 0
+        async with failing("it is full .QuotaExceeded.; .*raise the bucket's quota", 10):
+            for number in range(20):
+                await tier.put(f"k/{number}", bytes(16_000))
+                kept += 1
+
+        assert await keys(tier) == sorted(f"k/{number}" for number in range(kept)) != []
+        for number in range(kept):
+            await tier.delete(f"k/{number}")
+        await tier.put("k/0", b"x")
 
 
 class LossyProxy:

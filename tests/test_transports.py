@@ -5,7 +5,6 @@ import functools
 import shutil
 import socket
 import ssl
-import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import websockets
+from servers import make_certificate
 
 from crdtstate.errors import ProtocolError, TransportError, UsageError
 from crdtstate.transports import Connection, HttpAnswer, Listener, dial, listen
@@ -575,15 +575,6 @@ async def test_small_messages_are_sent_at_once() -> None:
             sock = side._websocket.transport.get_extra_info("socket")  # type: ignore[attr-defined]
 
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-
-
-def make_certificate(folder: Path) -> tuple[Path, Path]:
-    certificate, key = folder / "certificate.pem", folder / "key.pem"
-    request = ["req", "-x509", "-newkey", "ed25519", "-nodes", "-days", "2", "-subj", "/CN=test"]
-    names = ["-addext", "subjectAltName=IP:127.0.0.1"]
-    files = ["-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(["openssl", *request, *names, *files], check=True, capture_output=True)
-    return certificate, key
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")

@@ -23,6 +23,7 @@ from crdtstate.values import (
     INT_BYTES_MAX,
     VALUE_BYTES_MAX,
     check,
+    check_all,
     pack,
     pack_key,
     unpack,
@@ -80,6 +81,52 @@ def test_a_value_comes_back_with_the_type_it_had(value):
     assert same(unpack(packed), value)
     assert pack(unpack(packed), "v") == packed
     check(packed)
+
+
+raw = st.recursive(
+    scalars.filter(lambda value: type(value) is not datetime)
+    | st.builds(msgpack.ExtType, st.integers(0, 3), st.binary(max_size=20)),
+    lambda inner: (
+        st.lists(inner)
+        | st.tuples(inner, inner)
+        | st.dictionaries(keys | st.tuples(keys) | st.just(float("nan")), inner)
+        | st.tuples(inner, st.integers(55, 70)).map(lambda pair: wrapped(*pair))
+    ),
+    max_leaves=10,
+)
+
+
+def wrapped(value, depth):
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@settings(max_examples=400, deadline=None)
+@given(raw, st.data())
+@example("x" * VALUE_BYTES_MAX, None)
+@example([[["x" * 100]] * 70] * 3, None)
+@example(wrapped(1, DEPTH_MAX), None)
+@example(wrapped(1, DEPTH_MAX + 1), None)
+@example(wrapped("x" * 100, DEPTH_MAX), None)
+@example(wrapped("x" * 100, DEPTH_MAX + 1), None)
+@example({"x" * 100: {1.5: [{None: b"y"}]}}, None)
+def test_what_is_checked_is_exactly_what_can_be_read(value, data):
+    packed = bytearray(msgpack.packb(value, default=lambda number: msgpack.ExtType(1, b"\1" * 9)))
+    for _ in range(data.draw(st.integers(0, 2)) if data is not None else 0):
+        at = data.draw(st.integers(0, len(packed) - 1))
+        packed[at] = data.draw(st.integers(0, 255))
+
+    assert is_accepted(check, bytes(packed)) == is_accepted(unpack, bytes(packed))
+    assert is_accepted(check_all, [b"\1", bytes(packed)]) == is_accepted(unpack, bytes(packed))
+
+
+def is_accepted(read, data):
+    try:
+        read(data)
+    except InvalidUpdate:
+        return False
+    return True
 
 
 def test_a_tuple_comes_back_as_a_list():

@@ -282,7 +282,7 @@ def test_what_is_no_vote_counts_for_nothing(nonsense: Any) -> None:
     exchange(*everyone)
     vote(ann, "ann")
     (key,) = ann.document(VOTES).map("ballots")
-    bob.document(VOTES).map("ballots")[key.replace("/ann", "/bob")] = nonsense
+    bob.system_document(VOTES).map("ballots")[key.replace("/ann", "/bob")] = nonsense
     bob.document(VOTES).map("rules")["other"] = nonsense
     exchange(*everyone)
     assert {a.map("plan")["goal"] for a in everyone} == {"cy"}
@@ -298,7 +298,7 @@ def test_what_is_no_vote_counts_for_nothing(nonsense: Any) -> None:
 def test_a_document_of_votes_of_the_other_type_decides_nothing() -> None:
     ann, bob = everyone = agents(2)
     disagree(*everyone)
-    ann.document(VOTES, shared=True).text("body").insert(0, "hello")
+    ann.system_document(VOTES, shared=True).text("body").insert(0, "hello")
     exchange(*everyone)
 
     assert {a.map("plan")["goal"] for a in everyone} == {"bob"}

@@ -31,6 +31,10 @@ from crdtstate.wire import (
     ByeCode,
     Changes,
     Chunk,
+    Compare,
+    Compared,
+    Digests,
+    Diverged,
     Frame,
     Get,
     Have,
@@ -43,6 +47,7 @@ from crdtstate.wire import (
     Record,
     Return,
     Roll,
+    Verdict,
     Want,
     decode_message,
     decode_record,
@@ -89,6 +94,24 @@ GOLDEN: list[tuple[Frame, str]] = [
     (Get("plan", DIGEST, 65_536), f"94 19 a4706c616e c420{DIGEST.hex()} ce00010000"),
     (Chunk("plan", DIGEST, 0, b"data"), f"95 1a a4706c616e c420{DIGEST.hex()} 00 c40464617461"),
     (Busy("plan", 500), "93 1c a4706c616e cd01f4"),
+    (Compare(7, "plan", (2, 3)), "98 cc80 07 a4706c616e c3 02 03 90 c2"),
+    (
+        Compare(7, "plan", None, ((5, 2, 9), (6, 1, 0)), True),
+        "98 cc80 07 a4706c616e c2 00 00 96 05 02 09 06 01 00 c3",
+    ),
+    (Compared(7, (Verdict.SAME, Verdict.OTHER)), "93 cc81 07 92 01 00"),
+    (
+        Digests("plan", 5, 2, b"\x80", (), (("mp\0a", 9),), {5: 2}),
+        "99 cc82 a4706c616e 05 02 c40180 90 91 a46d700061 91 09 92 05 02",
+    ),
+    (
+        Diverged("plan", 5, 2, "mp\0a", 9, {5: 2}),
+        "98 cc83 a4706c616e 05 02 a46d700061 c3 09 92 05 02",
+    ),
+    (
+        Diverged("plan", 0, 2, "yp\0", None, {}),
+        "98 cc83 a4706c616e 00 02 a3797000 c2 00 90",
+    ),
 ]
 
 # A loaded machine is no failure.
@@ -106,6 +129,7 @@ protos = st.integers(1, 2**16 - 1)
 ranges = st.tuples(writers, seqs, seqs).map(lambda r: (r[0], min(r[1:]), max(r[1:])))
 
 agents = names.filter(lambda name: len(name) <= 100)
+heads = st.dictionaries(writers, seqs, max_size=10)
 versions = st.dictionaries(writers, seqs, max_size=30).map(Version)
 
 frames: st.SearchStrategy[Frame] = st.one_of(
@@ -173,6 +197,50 @@ frames: st.SearchStrategy[Frame] = st.one_of(
         uint64s,
         st.integers(0, 3_600_000),
         st.none() | st.binary(max_size=300),
+    ),
+    st.builds(Compare, uint64s, names, st.tuples(uint64s, uint64s), is_fresh=st.booleans()),
+    st.builds(
+        Compare,
+        uint64s,
+        names,
+        st.none(),
+        st.lists(
+            st.tuples(writers, seqs, uint64s),
+            min_size=1,
+            max_size=20,
+            unique_by=lambda lane: lane[0],
+        ).map(tuple),
+        st.booleans(),
+    ),
+    st.builds(Compared, uint64s, st.lists(st.sampled_from(list(Verdict)), max_size=20).map(tuple)),
+    st.builds(
+        Digests,
+        names,
+        st.integers(0, WRITER_MAX),
+        uint64s,
+        st.binary(max_size=8),
+        st.lists(uint64s, min_size=256, max_size=256).map(tuple),
+        st.just(()),
+        heads,
+    ),
+    st.builds(
+        Digests,
+        names,
+        st.integers(0, WRITER_MAX),
+        uint64s,
+        st.binary(max_size=8),
+        st.just(()),
+        st.dictionaries(names, uint64s, max_size=16).map(lambda slots: tuple(slots.items())),
+        heads,
+    ),
+    st.builds(
+        Diverged,
+        names,
+        st.integers(0, WRITER_MAX),
+        uint64s,
+        names,
+        st.none() | uint64s,
+        heads,
     ),
 )
 
@@ -350,7 +418,7 @@ def test_unknown_frames_from_128_are_skipped() -> None:
     news = [200, "anything", [1, [2.5, [None]]], b"at all"]
     busy = [28, "d", 1]
 
-    message = message_of([128], busy, news, compressed(msgpack.packb(news)), [2**64 - 1])
+    message = message_of([199], busy, news, compressed(msgpack.packb(news)), [2**64 - 1])
 
     assert decode_message(message) == [Busy("d", 1)]
 
@@ -400,6 +468,32 @@ MALFORMED: list[Any] = [
         }.items()
         for bad in values
     ),
+    # Of comparisons: nothing and everything, a writer twice, verdicts and digests that are none.
+    [128, 7, "d", False, 0, 0, [], False],
+    [128, 7, "d", True, 0, 0, [5, 1, 1], False],
+    [128, 7, "d", True, 0, -1, [], False],
+    [128, 7, "d", False, 0, 0, [5, 1, 1, 5, 2, 1], False],
+    [128, 7, "d", False, 0, 0, [5, 1], False],
+    [128, 7, "d", False, 0, 0, [0, 1, 1], False],
+    [128, 7, "d", False, 0, 0, [5, 1, -1], False],
+    [128, 7, "d", False, 0, 0, [n for i in range(257) for n in (i + 1, 1, 1)], False],
+    [129, 7, [4]],
+    [129, 7, [1] * 257],
+    [129, 7, [True]],
+    [130, "d", 5, 2, b"123456789", [], [], [], []],
+    [130, "d", 5, 2, b"", [1] * 255, [], [], []],
+    [130, "d", 5, 2, b"", [1] * 256, ["a"], [1], []],
+    [130, "d", 5, 2, b"", [-1] * 256, [], [], []],
+    [130, "d", 5, 2, b"", [], ["a"], [], []],
+    [130, "d", 5, 2, b"", [], ["a", "a"], [1, 2], []],
+    [130, "d", 5, 2, b"", [], [""], [1], []],
+    [130, "d", 5, 2, b"", [], ["a" * 1101], [1], []],
+    [130, "d", 5, 2, b"", [], [f"{n}" for n in range(17)], [1] * 17, []],
+    [130, "d", 5, 2, b"", [], [], [], [1]],
+    [131, "d", -1, 2, "a", True, 9, []],
+    [131, "d", 5, 2, "a", 1, 9, []],
+    [131, "d", 5, 2, "a", True, None, []],
+    [131, "d", 5, 2, 7, True, 9, []],
     [2, -1, ""],
     [2, 2**16, ""],
     [2, 0, "r" * 501],

@@ -101,8 +101,14 @@ class Metrics:
             "Changes that peers announced and nobody sent yet.",
             glance.missing,
         )
+        yield _gauge(
+            "divergences",
+            "Lanes that hold something else at a peer who has taken in the same.",
+            glance.divergences,
+        )
         yield from self._of_the_documents(glance.journal)
         yield from _of_the_checkpoints(glance)
+        yield from _of_the_recovery(glance)
         yield from _of_the_file(glance)
         yield _counter(
             "events_total",
@@ -266,6 +272,17 @@ def _of_the_checkpoints(glance: Glance) -> Iterator[Family]:
         "How often a tier of checkpoints has failed.",
         [(labels, health.failures) for labels, health in tiers],
     )
+
+
+def _of_the_recovery(glance: Glance) -> Iterator[Family]:
+    found = glance.recovery
+    if found is not None:
+        labels = {"source": found.source, "escalated": str(found.is_escalated).lower()}
+        yield _gauge(
+            "recovery_seconds",
+            "How long it took to get the documents back when the relay started, and from where.",
+            [(labels, found.seconds)],
+        )
 
 
 def _of_the_file(glance: Glance) -> Iterator[Family]:

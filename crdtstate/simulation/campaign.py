@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
+from crdtstate import comparing as comparing_module
+from crdtstate import digests as digests_module
 from crdtstate import document as document_module
 from crdtstate import lanes as lanes_module
 from crdtstate import serving as serving_module
@@ -57,6 +59,9 @@ FORMED_LARGE = 25.0
 
 LASTING = 15.0
 """Seconds within which a strong operation must end when nothing is wrong."""
+
+COMPARING = (0.0, 0.0, 0.0, 0.0, 0.2)
+"""How often replicas compare; in one seed of five they do."""
 
 KEYS = ("a", "b", "c")
 
@@ -506,7 +511,10 @@ class _Nasty(_History):
             "skew": rng.choice((0.0, 0.5, 100.0)),
             "durability": rng.choice(("process", "process", "power")),
             "config": replace(
-                _draw_config(rng), voters=tuple(rng.sample(names, min(3, len(names))))
+                _draw_config(rng),
+                voters=tuple(rng.sample(names, min(3, len(names)))),
+                # By chance of its own: in most, where nobody compares, everything is as it was.
+                compare_interval=random.Random(f"comparing {seed}").choice(COMPARING),
             ),
         }
         if rng.random() < 0.35:
@@ -719,6 +727,8 @@ def _tight(
         (transfer_module, "CHUNKS_AHEAD", 2),
         (transfer_module, "STALL", 1.0),
         (transfer_module, "DOWNLOADS_MAX", 1),
+        (comparing_module, "PORTION", 3),
+        (digests_module, "LEAF_MAX", 2),
     ]
     before = [getattr(module, name) for module, name, _ in places]
     for module, name, value in places:

@@ -19,6 +19,7 @@ I11  What honest replicas say is never refused.
 I12  Strong reads and writes are linearizable, and end when nothing is wrong (`campaign`, `linear`).
 I13  Who confirmed that something is on its disk has it there after a power cut (`campaign`).
 I14  When nothing is wrong, everybody sees everybody up, and nobody else (`campaign`).
+I15  Replicas that are sound never say that they differ (`comparing`).
 L3   At rest no lane holds what says nothing any more; see `lanes`.
 """
 
@@ -34,7 +35,7 @@ from crdtstate.clock import Cut, HybridClock, Version
 from crdtstate.crdts import Counter
 from crdtstate.document import Document, EngineFailure
 from crdtstate.errors import InvalidUpdate
-from crdtstate.events import Event, PeerRejected
+from crdtstate.events import DivergenceDetected, Event, PeerRejected
 from crdtstate.guard import parse_change
 from crdtstate.slots import SEPARATOR, Cell, Slot, candidates, live_slots, totals
 
@@ -205,6 +206,8 @@ class Oracle:
         self.on_commit: Callable[[SimulatedReplica], None] = lambda replica: None
         # Whether disks were put back to an older state without notice: I2 is then at stake.
         self.expects_rollbacks = False
+        # Whether something was damaged on purpose: then I15 promises nothing, nor after rollbacks.
+        self.expects_damage = False
         # For the report.
         self.copies = 0
         self.messages = 0
@@ -404,6 +407,10 @@ class Oracle:
         """A core says something. Nobody here is dishonest, so nobody may be refused."""
         if isinstance(event, PeerRejected):
             raise Violation("I11", f"{replica.agent} refuses {event.agent}: {event.reason}")
+        is_sound = not self.expects_damage and not self.expects_rollbacks
+        if isinstance(event, DivergenceDetected) and is_sound:
+            where = f"{event.path!r} of {event.document!r}, in lane {event.writer:x}"
+            raise Violation("I15", f"{replica.agent} differs from {event.agent} at {where}")
 
     # Ends and beginnings
 

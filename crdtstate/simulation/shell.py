@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from crdtstate import sync, wire
 from crdtstate.change import Change, Snapshot, decode_change
+from crdtstate.comparing import Inquiry
 from crdtstate.config import Config
 from crdtstate.consistency import Confirmation, StrongRead, StrongWrite
 from crdtstate.document import Document
@@ -286,6 +287,12 @@ class SimulatedReplica(DocumentSet):
                     self._reidentify(reason)
                     return
         self._append(batch)
+
+    def compare(self, peers: int = 2) -> Inquiry:
+        """Begin to compare with others; see `Replica.compare`."""
+        inquiry = self.core.comparing.begin(peers, self._schedule.now)
+        self.pump()
+        return inquiry
 
     def begin_loan(self) -> bool:
         """Whether it may write from now on: all that was written under its writer is here."""

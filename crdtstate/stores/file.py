@@ -7,7 +7,8 @@ with the ends of its chain. Damage
 is found, never returned as data: pages carry a checksum (SQLite's checksum VFS), changes a
 CRC-32, snapshots a SHA-256. Only the rotten tail of a WAL goes unnoticed; peers notice it.
 
-A file has one owner at a time, by a lock beside it (``<path>.lock``); others may read it. The
+A file has one owner at a time, by a lock beside it (``<path>.lock``), in which it notes the session
+that the file has come to: so an old copy that is put back is known. Others may read the file. The
 owner must never open() the file itself: closing any descriptor of it drops SQLite's locks.
 """
 
@@ -15,16 +16,17 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import apsw
@@ -82,6 +84,46 @@ Row = tuple[Any, ...]
 _fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS lacks fdatasync.
 
 
+class Note(NamedTuple):
+    """Which session a file has come to, as it stands beside the file, in ``<path>.lock``: a copy of
+    the file that is put back does not bring back the note.
+
+    Attributes:
+        epoch: The number of the session.
+        opened_ms: When it began, which tells it from one of the same number in another copy.
+        clean: Whether it was closed in order.
+    """
+
+    epoch: int
+    opened_ms: int
+    clean: bool
+
+    @classmethod
+    def parse(cls, data: bytes) -> Note | None:
+        """Read the contents of a lock file; None if there is no note in it."""
+        match = re.search(rb"^epoch (\d{1,18}) of (\d{1,18}) (open|closed)$", data, re.MULTILINE)
+        return cls(int(match[1]), int(match[2]), match[3] == b"closed") if match else None
+
+    def __str__(self) -> str:
+        return f"epoch {self.epoch} of {self.opened_ms} {'closed' if self.clean else 'open'}\n"
+
+
+def is_rolled_back(epoch: Note | None, note: Note | None) -> bool:
+    """Whether a file whose newest session is *epoch* is older than *note*, which was left beside
+    it. The file is written first, so it may be ahead of the note, and never behind it."""
+    if note is None:
+        return False
+    if epoch is None or epoch.epoch < note.epoch:
+        return True
+    if epoch.epoch > note.epoch:
+        return False
+    return epoch.opened_ms != note.opened_ms or (note.clean and not epoch.clean)
+
+
+def _owner_of(lock: Path) -> str:
+    return lock.read_text().partition("\n")[0] or "?"
+
+
 class Host:
     """What a journal asks of the operating system besides SQLite. Tests bring their own."""
 
@@ -91,22 +133,30 @@ class Host:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        # What the last owner noted beside the file, if there was one.
+        self.note: Note | None = None
         self._lock: int | None = None
+        self._holds = 0
         self._wal: int | None = None
 
     def lock(self) -> None:
-        """Become the file's owner, or raise."""
+        """Become the file's owner, or raise. Who is the owner already is so once more, and gives
+        it up as often."""
+        if self._lock is not None:
+            self._holds += 1
+            return
         if self.path.is_dir():
             raise StoreUnavailable(self.path, "this is a directory; name a file in it")
         lock = Path(f"{self.path}.lock")
         try:
             self._lock = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(self._lock, 0)
-            os.write(self._lock, b"%d" % os.getpid())
+            self.note = Note.parse(os.pread(self._lock, 1000, 0))
+            self._write_lock()
+            self._holds = 1
         except BlockingIOError:
             self.release()
-            reason = f"process {lock.read_text() or '?'} has it open and holds {lock.name}"
+            reason = f"process {_owner_of(lock)} has it open and holds {lock.name}"
             raise StoreLocked(self.path, f"{reason}; close it there, or use another file") from None
         except (FileNotFoundError, NotADirectoryError):
             reason = f"there is no directory {lock.parent}; create it first"
@@ -118,10 +168,28 @@ class Host:
 
     def release(self) -> None:
         """Give up ownership. Idempotent."""
-        for descriptor in (self._wal, self._lock):
-            if descriptor is not None:
-                os.close(descriptor)
-        self._wal = self._lock = None
+        if self._wal is not None:
+            os.close(self._wal)
+            self._wal = None
+        self._holds = max(0, self._holds - 1)
+        if self._lock is not None and not self._holds:
+            os.close(self._lock)
+            self._lock = None
+
+    def leave_note(self, note: Note) -> None:
+        """Note beside the file what it has come to, for `is_rolled_back`. It is there to tell of a
+        copy that was put back, so losing it loses nothing else."""
+        self.note = note
+        if self._lock is not None:
+            with suppress(OSError):
+                self._write_lock()
+
+    def _write_lock(self) -> None:
+        assert self._lock is not None
+        text = f"{os.getpid()}\n{self.note or ''}".encode()
+        # Never empty: a kill in between must not lose the note.
+        os.pwrite(self._lock, text, 0)
+        os.ftruncate(self._lock, len(text))
 
     def boot(self) -> str | None:
         """What changes when the machine reboots; None where nobody can tell."""
@@ -156,7 +224,7 @@ class Host:
 
     def sync_directory(self) -> None:
         """Bring the names of new files to the disk."""
-        _sync(self.path.parent)
+        sync(self.path.parent)
 
 
 def connect(
@@ -208,6 +276,17 @@ def migrate(db: apsw.Connection, path: Path, steps: Sequence[str] = MIGRATIONS) 
         raise StoreUnavailable(path, "its file system cannot share memory; use a local disk")
 
 
+def claims_to_be_ours(path: Path) -> bool:
+    """Whether the file's header says that it is a store, however damaged the rest may be."""
+    try:
+        with open(path, "rb") as file:
+            header = file.read(72)
+    except OSError:
+        return False
+    # Where SQLite keeps the application's id.
+    return header[68:] == APPLICATION_ID.to_bytes(4, "big")
+
+
 def _check_is_ours(db: apsw.Connection, path: str | Path) -> None:
     application = db.pragma("application_id")
     if application == APPLICATION_ID:
@@ -221,12 +300,13 @@ def _back_up(db: apsw.Connection, copy: Path) -> None:
     partial = copy.with_name(f"{copy.name}.partial")
     partial.unlink(missing_ok=True)
     db.execute("VACUUM INTO ?", (str(partial),))
-    _sync(partial)
+    sync(partial)
     partial.replace(copy)
-    _sync(copy.parent)
+    sync(copy.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -240,14 +320,16 @@ def _sync(path: Path) -> None:
 def read_session(db: apsw.Connection, host: Host) -> Session:
     """Return what the newest epoch tells of the store's last user."""
     last = db.execute(
-        """SELECT agent, writer, clean, boot, place, power_safe
+        """SELECT agent, writer, clean, boot, place, power_safe, id, opened_ms
         FROM epoch ORDER BY id DESC LIMIT 1"""
     ).fetchone()
     if last is None:
         return Session(None, None, False, False, False, False)
-    agent, writer, clean, boot, place, power_safe = last
+    agent, writer, clean, boot, place, power_safe, number, opened_ms = last
     same_boot = boot is not None and boot == host.boot()
     same_file = place == host.place()
+    if is_rolled_back(Note(number, opened_ms, bool(clean)), host.note):
+        same_file = False
     found = db.execute("SELECT DISTINCT writer FROM epoch WHERE place IS ?", (host.place(),))
     writers = frozenset(writer for (writer,) in found)
     return Session(agent, writer, bool(clean), same_boot, same_file, bool(power_safe), writers)
@@ -309,11 +391,12 @@ def snapshots(db: apsw.Connection, number: int | None = None) -> Iterator[tuple[
         yield Saved(name, unpacked(version) if is_intact else Version(), data), is_intact
 
 
-def changes(db: apsw.Connection) -> Iterator[tuple[int, Entry, bool]]:
-    """Yield row, entry and whether it is intact, in the order of delivery."""
+def changes(db: apsw.Connection, first: int = 0) -> Iterator[tuple[int, Entry, bool]]:
+    """Yield row, entry and whether it is intact, in the order of delivery, from row *first* on."""
     names: dict[int, str] = dict(db.execute("SELECT id, name FROM document"))
     for row, number, writer, seq, crc, data in db.execute(
-        "SELECT id, document, writer, seq, crc, data FROM journal ORDER BY id"
+        "SELECT id, document, writer, seq, crc, data FROM journal WHERE id >= ?1 ORDER BY id",
+        (first,),
     ):
         entry = Entry(names.get(number, ""), writer, seq, data)
         yield row, entry, crc == checksum(entry.document, writer, seq, data)

@@ -88,6 +88,14 @@ class DocumentIndex:
         """Bytes of all changes that have a row."""
         return sum(index.bytes_of(0, len(index.rows)) for index in self.writers.values())
 
+    def first_unsaved(self) -> int | None:
+        """The lowest row of a change that the snapshot does not contain."""
+        found: list[int] = []
+        for writer, index in self.writers.items():
+            place = index.count_through(self.saved.get(writer, 0))
+            found += index.rows[place : place + 1]
+        return min(found, default=None)
+
     def newest(self, writer: int) -> int:
         """The seq of *writer*'s newest change, or 0."""
         return self.writers[writer].newest if writer in self.writers else 0

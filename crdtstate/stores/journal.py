@@ -34,6 +34,7 @@ from crdtstate.errors import StoreError
 from crdtstate.stores import Entry, Saved, Session
 from crdtstate.stores.file import (
     Host,
+    Note,
     Row,
     Verification,
     changes,
@@ -193,6 +194,8 @@ class Journal:
             power_safe = self.durability == "power"
             self._write_synced(ADD_EPOCH, (agent, writer, now_ms, boot, place, power_safe))
             self._host.sync_directory()
+            ((number,),) = self._reader.execute("SELECT max(id) FROM epoch")
+        self._host.leave_note(Note(number, now_ms, False))
         self._on_progress = on_progress
         if not self._is_started:
             self._is_started = True
@@ -231,6 +234,9 @@ class Journal:
         """
         self._write()
         versions: dict[str, Version] = {}
+        # Before the first pause: the log holds far more than what the snapshots lack.
+        unsaved = [index.first_unsaved() for index in self._indexes.values()]
+        first = min((row for row in unsaved if row is not None), default=None)
         # In one transaction, or a compaction in between would hide entries from both parts.
         with translated(self._path), self._reader:
             for saved, is_intact in snapshots(self._reader):
@@ -238,7 +244,7 @@ class Journal:
                     raise damage(self._path, f"table snapshot, document {saved.document!r}")
                 versions[saved.document] = saved.version
                 yield saved
-            for row, entry, is_intact in changes(self._reader):
+            for row, entry, is_intact in changes(self._reader, first) if first is not None else ():
                 version = versions.get(entry.document)
                 if version and version.covers((entry.writer, entry.seq)):
                     continue
@@ -469,6 +475,8 @@ class Journal:
             if self.durability == "process":
                 self._sync()
             self._write_synced(END_EPOCH, (clean,))
+            if clean and self._host.note is not None:
+                self._host.leave_note(self._host.note._replace(clean=True))
         except Exception as exc:
             self._write_failure = store_error(self._path, exc)
             self._note_failure()

@@ -102,6 +102,16 @@ def check_url(url: object) -> None:
     module.check_url(url)
 
 
+def check_extra(scheme: str, package: str) -> None:
+    """Raise UsageError if the *package* that a tier needs is not installed."""
+    try:
+        import_module(package)
+    except ImportError:
+        name = package.partition(".")[0]
+        reason = f"{scheme}:// needs {name}: pip install 'crdtstate[{scheme}]'"
+        raise UsageError(reason) from None
+
+
 def check_key(key: str) -> None:
     """Raise UsageError if this cannot be a key."""
     if not isinstance(key, str) or len(key) > KEY_CHARS_MAX or not KEY.fullmatch(key):

@@ -15,6 +15,7 @@ from functools import partial
 from typing import ParamSpec, TypeVar
 
 from crdtstate.errors import TierError
+from crdtstate.tiers import Item, check_key, check_value
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -66,3 +67,53 @@ class Worker:
         self._pool.shutdown(wait=False)
         async with within(seconds, self._url):
             await asyncio.shield(ending)
+
+
+class Blocking:
+    """The methods of a tier whose calls block: a thread does them, under the same names.
+
+    Args:
+        url: For people.
+        seconds: The limit of a call.
+    """
+
+    def __init__(self, url: str, seconds: float) -> None:
+        self.url = url
+        self._seconds = seconds
+        self._worker = Worker(url)
+
+    async def put(self, key: str, data: bytes) -> None:
+        check_key(key)
+        check_value(key, data)
+        await self._worker.call(self._seconds, self._put, key, data)
+
+    async def get(self, key: str) -> bytes | None:
+        check_key(key)
+        return await self._worker.call(self._seconds, self._get, key)
+
+    async def delete(self, key: str) -> None:
+        check_key(key)
+        await self._worker.call(self._seconds, self._delete, key)
+
+    async def items(self, prefix: str) -> list[Item]:
+        return await self._worker.call(self._seconds, self._items, prefix)
+
+    async def close(self) -> None:
+        await self._worker.close(self._seconds, self._disconnect)
+
+    # In the thread
+
+    def _put(self, key: str, data: bytes) -> None:
+        raise NotImplementedError
+
+    def _get(self, key: str) -> bytes | None:
+        raise NotImplementedError
+
+    def _delete(self, key: str) -> None:
+        raise NotImplementedError
+
+    def _items(self, prefix: str) -> list[Item]:
+        raise NotImplementedError
+
+    def _disconnect(self) -> None:
+        """Let go of what it takes to reach the tier; the last that the thread does."""

@@ -6,8 +6,9 @@ A tier in a Redis server: quick, shared by hosts, and lossy.
 A value is a hash with the data and the server's time under ``<prefix><key>``, written by one HSET,
 so it is there as a whole or not at all, and is evicted and expires as a whole. There is no index
 that could disagree with what is there: `items` scans, and asks only for the sizes of the data. The
-scan goes through the whole database, so give crdtstate one of its own if there is
-much else in it. What Redis forgets, by eviction or a restart, it forgets.
+scan goes through the whole database, so give crdtstate one of its own if there is much else in it.
+With TLS, certificates are trusted that the system trusts, or those in the file that
+``SSL_CERT_FILE`` names. What Redis forgets, by eviction or a restart, it forgets.
 
 Nothing is tried again here; whoever writes checkpoints does, later. Needs ``crdtstate[redis]``.
 """
@@ -24,6 +25,7 @@ from crdtstate.errors import TierError, UsageError
 from crdtstate.tiers import (
     KEY,
     Item,
+    check_extra,
     check_key,
     check_size,
     check_value,
@@ -35,7 +37,7 @@ from crdtstate.tiers.calls import closed, within
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-CONNECT_SECONDS = 0.25
+CONNECT_SECONDS = 1.0
 
 CALL_SECONDS = 2.0
 """The limit of a call, and of each step of a scan."""
@@ -170,17 +172,10 @@ def _parse(url: str) -> tuple[str, str]:
     return parts._replace(query="").geturl(), prefix
 
 
-def _check_extra() -> None:
-    try:
-        import redis.asyncio  # noqa: F401
-    except ImportError:
-        raise UsageError("redis:// needs redis: pip install 'crdtstate[redis]'") from None
-
-
 def check_url(url: str) -> None:
     """See `crdtstate.tiers.check_url`."""
     _parse(url)
-    _check_extra()
+    check_extra("redis", "redis.asyncio")
 
 
 async def open_tier(url: str) -> RedisTier:

@@ -28,6 +28,7 @@ from crdtstate.errors import TierError, UsageError
 from crdtstate.tiers import (
     KEY,
     Item,
+    check_extra,
     check_key,
     check_size,
     check_value,
@@ -39,7 +40,7 @@ from crdtstate.tiers.calls import closed, within
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig, S3Config, S3Store
 
-CONNECT_SECONDS = 0.5
+CONNECT_SECONDS = 1.0
 
 REQUEST_SECONDS = 2.0
 """The limit of one try. The library's defaults hang for 45 seconds."""
@@ -167,6 +168,8 @@ def _reason(exc: Exception) -> str:
     text = str(exc).partition("\n\nDebug source")[0]
     match = re.search(r"<Code>(\w+)</Code>", text)
     code = match[1] if match else ""
+    if re.search("Quota|StorageFull|InsufficientStorage", code) or "status code: 507" in text:
+        return f"it is full ({code}); keep fewer checkpoints in it, or raise the bucket's quota"
     is_refused = isinstance(exc, PermissionDeniedError | UnauthenticatedError)
     if code == "NoSuchBucket":
         return "there is no such bucket; create it, or correct the URL"
@@ -200,17 +203,10 @@ def _parse(url: str) -> tuple[str, str, str | None, str | None]:
     return parts.netloc, prefix, endpoint, options.get("region")
 
 
-def _check_extra() -> None:
-    try:
-        import obstore  # noqa: F401
-    except ImportError:
-        raise UsageError("s3:// needs obstore: pip install 'crdtstate[s3]'") from None
-
-
 def check_url(url: str) -> None:
     """See `crdtstate.tiers.check_url`."""
     _parse(url)
-    _check_extra()
+    check_extra("s3", "obstore")
 
 
 async def open_tier(url: str) -> S3Tier:

@@ -27,8 +27,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from crdtstate.errors import TierError, UsageError
-from crdtstate.tiers import Item, bytes_option, check_key, check_size, check_value, split_url
-from crdtstate.tiers.calls import Worker
+from crdtstate.tiers import Item, bytes_option, check_size, split_url
+from crdtstate.tiers.calls import Blocking
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -50,33 +50,13 @@ HEAD_BYTES = len(MAGIC) + 2
 UNFINISHED = ".new"
 
 
-class SharedMemoryTier:
+class SharedMemoryTier(Blocking):
     """See `crdtstate.tiers.Tier`."""
 
     def __init__(self, url: str, name: str, bytes_max: int) -> None:
-        self.url = url
+        super().__init__(url, CALL_SECONDS)
         self._name = name
         self._bytes_max = bytes_max
-        self._worker = Worker(url)
-
-    async def put(self, key: str, data: bytes) -> None:
-        check_key(key)
-        check_value(key, data)
-        await self._worker.call(CALL_SECONDS, self._put, key, data)
-
-    async def get(self, key: str) -> bytes | None:
-        check_key(key)
-        return await self._worker.call(CALL_SECONDS, self._get, key)
-
-    async def delete(self, key: str) -> None:
-        check_key(key)
-        await self._worker.call(CALL_SECONDS, self._delete, key)
-
-    async def items(self, prefix: str) -> list[Item]:
-        return await self._worker.call(CALL_SECONDS, self._items, prefix)
-
-    async def close(self) -> None:
-        await self._worker.close(CALL_SECONDS, lambda: None)
 
     # In the thread
 

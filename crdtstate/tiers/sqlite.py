@@ -24,8 +24,8 @@ import apsw
 
 from crdtstate.errors import TierError, UsageError
 from crdtstate.stores.file import Host, connect, store_error
-from crdtstate.tiers import Item, bytes_option, check_key, check_size, check_value, split_url
-from crdtstate.tiers.calls import Worker
+from crdtstate.tiers import Item, bytes_option, check_size, split_url
+from crdtstate.tiers.calls import Blocking
 
 CALL_SECONDS = 30.0
 """The limit of a call: the largest value on a slow disk, and some that wait before it."""
@@ -63,40 +63,20 @@ AFTER_KEYS = "\x7f"
 """Greater than every character of a key."""
 
 
-class SqliteTier:
+class SqliteTier(Blocking):
     """See `crdtstate.tiers.Tier`."""
 
     def __init__(
         self, url: str, path: Path, bytes_max: int | None, host: Callable[[Path], Host] = Host
     ) -> None:
-        self.url = url
+        super().__init__(url, CALL_SECONDS)
         self._path = path
         self._bytes_max = bytes_max
         self._host = host(path)
-        self._worker = Worker(url)
         # In the thread: the connection, None after an error; and whether what is in the WAL may
         # not be on the disk although it was synced.
         self._db: apsw.Connection | None = None
         self._is_wal_unsure = False
-
-    async def put(self, key: str, data: bytes) -> None:
-        check_key(key)
-        check_value(key, data)
-        await self._worker.call(CALL_SECONDS, self._put, key, data)
-
-    async def get(self, key: str) -> bytes | None:
-        check_key(key)
-        return await self._worker.call(CALL_SECONDS, self._get, key)
-
-    async def delete(self, key: str) -> None:
-        check_key(key)
-        await self._worker.call(CALL_SECONDS, self._delete, key)
-
-    async def items(self, prefix: str) -> list[Item]:
-        return await self._worker.call(CALL_SECONDS, self._items, prefix)
-
-    async def close(self) -> None:
-        await self._worker.close(CALL_SECONDS, self._disconnect)
 
     # In the thread
 

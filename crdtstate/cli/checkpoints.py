@@ -1,0 +1,308 @@
+"""
+The checkpoints in a tier, and what they have to do with a store.
+
+Listing, verifying and comparing only read, and the agent may be running. Making one and restoring
+is done as the agent that the store belongs to, and so while it does not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import typer
+
+from crdtstate.catalogue import Catalogue, Checkpoint
+from crdtstate.cli.options import AsJson, Documents, Kept, Paths, Store, Tier, Whose
+from crdtstate.cli.printing import count, note, print_columns, print_json, printable
+from crdtstate.cli.reaching import run
+from crdtstate.cli.values import stand_in
+from crdtstate.documents import SYSTEM, DocumentSet
+from crdtstate.errors import (
+    CorruptCheckpoint,
+    CRDTStateError,
+    InvalidUpdate,
+    UnknownCheckpoint,
+    UnknownStrategy,
+    UsageError,
+)
+from crdtstate.manifest import agent_of
+from crdtstate.past import ABSENT, Difference, Past, Selection, differences
+from crdtstate.replica import Replica
+from crdtstate.retention import Retention
+from crdtstate.shelf import Shelf
+from crdtstate.stores.file import read_agent, read_documents, reading
+from crdtstate.tiers import open_tier
+
+ALL = Retention(count=None, age=None, bytes=None, near=None)
+"""What is kept is the agent's to say: nothing is let go from here."""
+
+
+def list_checkpoints(tier: Kept, agent: Whose = None, as_json: AsJson = False) -> None:
+    """List the checkpoints in a tier, by agent, oldest first.
+
+    Example: [cyan]crdtstate checkpoints list agent-7.db[/cyan]
+    """
+    found = run(_list_checkpoints(_tier_url(tier), agent))
+    if as_json:
+        print_json([_describe_checkpoint(*each) for each in found])
+        return
+    rows = [
+        (owner, each.id, each.stamp.time.isoformat(timespec="seconds"), each.size, each.label)
+        for owner, each in found
+    ]
+    print_columns([("AGENT", "ID", "MADE", "BYTES", "LABEL"), *rows])
+
+
+def verify_checkpoints(
+    tier: Kept,
+    id: Annotated[str | None, typer.Argument(metavar="ID", help="Which; all without it.")] = None,
+    agent: Whose = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read checkpoints whole, and compare every byte with the hash it should have.
+
+    Example: [cyan]crdtstate checkpoints verify agent-7.db[/cyan]
+    """
+    with _listed(tier):
+        found = run(_verify_checkpoints(_tier_url(tier), agent, id))
+    if as_json:
+        print_json([{"agent": who, "id": each, "problem": why} for who, each, why in found])
+    else:
+        for who, each, why in found:
+            print(f"{printable(who)} {printable(each)}: {printable(why or 'intact')}")
+    problems = sum(why is not None for _, _, why in found)
+    if problems:
+        raise CRDTStateError(f"{tier} is damaged: {count(problems, 'checkpoint')}")
+
+
+def create_checkpoint(
+    store: Store,
+    label: Annotated[str, typer.Option(metavar="TEXT", help="What to call it.")] = "",
+    tier: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Where to keep it; otherwise beside the store."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a checkpoint of a store whose agent does not run.
+
+    Example: [cyan]crdtstate checkpoints create agent-7.db --label before-upgrade[/cyan]
+    """
+    agent = read_agent(store)
+    made = run(_create_checkpoint(agent, store, label, tier))
+    if as_json:
+        print_json(_describe_checkpoint(agent, made))
+    else:
+        print(made.id)
+
+
+def restore_checkpoint(
+    store: Store,
+    id: Annotated[str, typer.Argument(metavar="ID", help="Which.")],
+    documents: Documents = None,
+    paths: Paths = None,
+    message: Annotated[str, typer.Option(metavar="TEXT", help="Why, for the history.")] = "",
+    tier: Tier = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring values back into a store whose agent does not run.
+
+    It is a new change, which the others get when the agent runs again: what
+    they have written since merges with it. Look at it before with
+    [bold]crdtstate checkpoints diff[/bold].
+
+    Example: [cyan]crdtstate checkpoints restore agent-7.db 01a20a426c100000-4766fd4cc9133770[/cyan]
+    """
+    agent = read_agent(store)
+    url = None if tier is None else _tier_url(tier)
+    with _listed(tier or str(store)):
+        changed = run(_restore_checkpoint(agent, store, url, id, documents, paths, message))
+    _print_differences(changed, as_json)
+    note(f"{store}: {count(len(changed), 'place')} restored")
+
+
+def compare_checkpoints(
+    store: Annotated[
+        str,
+        typer.Argument(
+            metavar="STORE", help="A replica's SQLite file; to compare two, a tier will do."
+        ),
+    ],
+    since: Annotated[str, typer.Argument(metavar="ID", help="Which.")],
+    until: Annotated[
+        str | None, typer.Argument(metavar="ID", help="Which then; the store as it is without.")
+    ] = None,
+    documents: Documents = None,
+    paths: Paths = None,
+    tier: Tier = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what reads differently now, or in a second checkpoint.
+
+    Nothing is altered, and the agent may be running.
+
+    Example: [cyan]crdtstate checkpoints diff agent-7.db 01a20a426c100000-4766fd4cc9133770[/cyan]
+    """
+    if until is None and "://" in store:
+        raise typer.BadParameter(f"{store} is a tier: name a store, or a second ID")
+    with _listed(tier or store):
+        before, after = run(_load_two(_tier_url(tier or store), since, until))
+    if after is None:
+        with reading(store) as db:
+            after = read_documents(db, store)
+    there = {*before.documents(), *after.documents()}
+    if unknown := sorted(set(documents or ()) - there):
+        raise CRDTStateError(f"there is no document {unknown[0]!r}, neither now nor then")
+    names = documents or sorted(name for name in there if not name.startswith(SYSTEM))
+    _print_differences(_compare(before, after, names, paths), as_json)
+
+
+def _compare(
+    before: DocumentSet, after: DocumentSet, names: list[str], paths: list[str] | None
+) -> list[Difference]:
+    while True:
+        try:
+            return list(differences(before, after, names, Selection(paths)))
+        except UnknownStrategy as exc:
+            stand_in(", ".join(names), exc.name)
+
+
+def _print_differences(found: list[Difference], as_json: bool) -> None:
+    if as_json:
+        print_json([_describe_difference(each) for each in found])
+        return
+    for each in found:
+        print(printable(str(each), "\n"))
+
+
+def _describe_difference(found: Difference) -> dict[str, Any]:
+    """Without a "before", or an "after", where there is nothing."""
+    values = {"before": found.before, "after": found.after}
+    place = {field: getattr(found, field) for field in ("document", "kind", "name", "key")}
+    return place | {name: value for name, value in values.items() if value is not ABSENT}
+
+
+@contextmanager
+def _listed(where: str) -> Iterator[None]:
+    """Say where to look for the ids there are."""
+    try:
+        yield
+    except UnknownCheckpoint as exc:
+        reason = f"there is no checkpoint {str(exc.id)[:80]!r}"
+        raise CRDTStateError(f"{reason}; see: crdtstate checkpoints list {where}") from None
+
+
+def _tier_url(text: str) -> str:
+    """The URL of a tier that was named by its URL, its file, or the store beside it."""
+    if "://" in text:
+        return text
+    for path in (Path(f"{text}.checkpoints"), Path(text)):
+        if path.is_file():
+            return f"sqlite:///{quote(str(path.absolute()))}"
+    raise UsageError(f"{text}: no such file, nor one named {text}.checkpoints")
+
+
+async def _list_checkpoints(url: str, agent: str | None) -> list[tuple[str, Checkpoint]]:
+    return [
+        (each.agent, checkpoint)
+        async for each in _catalogues(url, agent)
+        for checkpoint in each.saved()
+    ]
+
+
+async def _verify_checkpoints(
+    url: str, agent: str | None, id: str | None
+) -> list[tuple[str, str, str | None]]:
+    found: list[tuple[str, str, str | None]] = []
+    async for each in _catalogues(url, agent):
+        (shelf,) = each.shelves
+        whys = [(bad, why) for bad, why in shelf.unreadable.items() if id in (None, bad)]
+        found += [(each.agent, bad, f"its manifest: {why}") for bad, why in sorted(whys)]
+        for checkpoint in each.saved():
+            if id not in (None, checkpoint.id):
+                continue
+            try:
+                await each.verify(checkpoint.id)
+                found.append((each.agent, checkpoint.id, None))
+            except CorruptCheckpoint as exc:
+                found.append((each.agent, checkpoint.id, exc.reason))
+    if id is not None and not found:
+        raise UnknownCheckpoint(id)
+    return found
+
+
+async def _catalogues(url: str, agent: str | None) -> AsyncGenerator[Catalogue, None]:
+    """What a tier has, of each agent."""
+    tier = await open_tier(url)
+    try:
+        agents = {agent_of(item.key) for item in await tier.items("")}
+        for name in sorted(each for each in agents if each is not None and agent in (None, each)):
+            shelf = Shelf(tier, name, limit=60, retry=1, retry_max=1, emit=lambda event: None)
+            catalogue = Catalogue(name, [shelf], Retention())
+            await catalogue.read(shelf)
+            yield catalogue
+    finally:
+        await tier.close()
+
+
+async def _load_two(url: str, since: str, until: str | None) -> tuple[Past, DocumentSet | None]:
+    before, after = None, None
+    async with aclosing(_catalogues(url, None)) as catalogues:
+        async for each in catalogues:
+            if since in each.manifests:
+                before = await _load(each, since)
+            if until is not None and until in each.manifests:
+                after = await _load(each, until)
+    for id, found in ((since, before), (until, after)):
+        if id is not None and found is None:
+            raise UnknownCheckpoint(id)
+    assert before is not None
+    return before, after
+
+
+async def _load(catalogue: Catalogue, id: str) -> Past:
+    past = Past()
+    for document in await catalogue.load(id):
+        try:
+            past.fill(*document)
+        except InvalidUpdate as exc:
+            raise CorruptCheckpoint("checkpoint", id, str(exc)) from exc
+    return past
+
+
+async def _restore_checkpoint(
+    agent: str,
+    store: Path,
+    tier: str | None,
+    id: str,
+    documents: list[str] | None,
+    paths: list[str] | None,
+    message: str,
+) -> list[Difference]:
+    tiers = None if tier is None else [tier]
+    async with Replica(agent, store=store, checkpoints=tiers, retention=ALL) as replica:
+        changed = await replica.restore(id, documents=documents, paths=paths, message=message)
+        await replica.durable()
+        return changed
+
+
+async def _create_checkpoint(agent: str, store: Path, label: str, tier: str | None) -> Checkpoint:
+    tiers = None if tier is None else [tier]
+    async with Replica(agent, store=store, checkpoints=tiers, retention=ALL) as replica:
+        return await replica.checkpoint(label)
+
+
+def _describe_checkpoint(agent: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "agent": agent,
+        "id": checkpoint.id,
+        "label": checkpoint.label,
+        "made": checkpoint.stamp.time,
+        "bytes": checkpoint.size,
+        "documents": {name: version.total for name, version in checkpoint.version.items()},
+        "tiers": list(checkpoint.tiers),
+    }

@@ -1,0 +1,235 @@
+"""
+Looking at a relay, an agent or a store: how it does, what conflicts, why, what was recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from crdtstate.audit import KINDS as AUDITED
+from crdtstate.audit import Query, Record
+from crdtstate.cli.options import AsJson, Peer, Store, Timeout, WholePlace
+from crdtstate.cli.places import Place, parse_place
+from crdtstate.cli.printing import (
+    as_text,
+    count,
+    describe_candidate,
+    note,
+    print_columns,
+    print_json,
+    printable,
+)
+from crdtstate.cli.reaching import dialled, fetch, run
+from crdtstate.cli.values import readable
+from crdtstate.conflict import Conflict, Explanation, same
+from crdtstate.errors import CRDTStateError, TransportError
+from crdtstate.stores.file import read_audit, reading
+from crdtstate.stores.file import verify as verify_store
+
+
+def peers(peer: Peer, timeout: Timeout = 5.0, as_json: AsJson = False) -> None:
+    """List who is connected to a relay.
+
+    Lag is how many changes they have not acknowledged yet.
+
+    Example: [cyan]crdtstate peers --peer ws://127.0.0.1:8765[/cyan]
+    """
+    found = fetch(peer, "/status", timeout)
+    if found is None:
+        raise TransportError(f"{peer}: an agent, not a relay, and does not tell its peers")
+    if as_json:
+        print_json(found["peers"])
+        return
+    columns = ("agent", "role", "lag", "queued_bytes", "address")
+    rows = [["-" if entry[c] is None else entry[c] for c in columns] for entry in found["peers"]]
+    print_columns([[column.upper().replace("_", " ") for column in columns], *rows])
+
+
+def status(peer: Peer, timeout: Timeout = 5.0, as_json: AsJson = False) -> None:
+    """Say how a relay or agent is doing and what it has.
+
+    Example: [cyan]crdtstate status --peer ws://127.0.0.1:8765[/cyan]
+    """
+    found = fetch(peer, "/status", timeout) or run(_status(peer, timeout))
+    if as_json:
+        print_json(found)
+        return
+    print_columns(list(_describe(found)))
+
+
+async def _status(url: str, timeout: float) -> dict[str, Any]:
+    """What can be learned of an agent, which has no pages, from its part in the mesh."""
+    async with dialled(url, timeout) as replica:
+        peer = replica.peers()[0]
+        return {
+            "agent": peer.agent,
+            "role": peer.role,
+            "writer": f"{peer.writer:x}",
+            "address": peer.address,
+            "documents": {name: version.total for name, version in sorted(replica.versions())},
+            "conflicts": len(replica.conflicts()),
+            "version": str(replica.version()),
+        }
+
+
+def _describe(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "agent", f"{found['agent']} ({found['role']})"
+    yield "address", found["address"] or "-"
+    if "ready" in found:
+        yield "ready", "yes" if found["ready"] else f"no: {found['store_failure']}"
+        yield "store", found["store"] or "memory"
+        yield "peers", ", ".join(peer["agent"] for peer in found["peers"]) or "none"
+        for url, why in found["unreachable"].items():
+            yield "unreachable", f"{url}: {why}"
+        waiting = f"{count(found['pending'], 'change')} here, {found['missing']} announced"
+        yield "waiting", waiting
+    yield "conflicts", str(found["conflicts"])
+    for name, changes in found["documents"].items():
+        yield "document", f"{name}: {count(changes, 'change')}"
+
+
+def conflicts(peer: Peer, timeout: Timeout = 5.0, as_json: AsJson = False) -> None:
+    """List where values conflict, what is read there and what decides.
+
+    Example: [cyan]crdtstate conflicts --peer ws://127.0.0.1:8765[/cyan]
+    """
+    found = run(_conflicts(peer, timeout))
+    if as_json:
+        print_json([_describe_conflict(each) for each in found])
+        return
+    for each in found:
+        place = _place_of(each)
+        read = "?" if each.rule == "unknown" else as_text(each.value)
+        print(f"{printable(str(place))} = {read}  ({printable(each.rule)})")
+        votes = {vote.agent: vote for vote in each.votes}
+        for candidate in reversed(each.candidates):
+            stamp = candidate.stamp.time.isoformat(timespec="milliseconds")
+            line = f"  {as_text(candidate.value)} by {printable(candidate.agent)} at {stamp}"
+            names = [a for a, v in votes.items() if v.counts and same(v.value, candidate.value)]
+            print(line + (f", votes: {printable(', '.join(names))}" if names else ""))
+    note(count(len(found), "conflict"))
+
+
+async def _conflicts(url: str, timeout: float) -> list[Conflict]:
+    async with dialled(url, timeout) as replica:
+        return replica.conflicts()
+
+
+def _place_of(conflict: Conflict) -> Place:
+    key = conflict.key if conflict.kind == "map" else None
+    return Place(conflict.document, conflict.kind, conflict.name, key)
+
+
+def _describe_conflict(conflict: Conflict) -> dict[str, Any]:
+    return {
+        "place": str(_place_of(conflict)),
+        "value": conflict.value,
+        "rule": conflict.rule,
+        "strategy": conflict.strategy,
+        "candidates": [describe_candidate(each) for each in conflict.candidates],
+        "votes": [
+            {"agent": vote.agent, "value": vote.value, "counts": vote.counts}
+            for vote in conflict.votes
+        ],
+    }
+
+
+def explain(place: WholePlace, peer: Peer, timeout: Timeout = 5.0, as_json: AsJson = False) -> None:
+    """Say why a place reads as it does: who wrote what, and what decides.
+
+    Example: [cyan]crdtstate explain main/map/plan/goal --peer ws://127.0.0.1:8765[/cyan]
+    """
+    where = parse_place(place)
+    if where.kind not in ("map", "register") or (where.kind == "map" and where.key is None):
+        raise typer.BadParameter(f"{place!r}: a map's key or a register can be explained")
+    told = run(_explain(peer, timeout, where))
+    if as_json:
+        print_json(
+            {
+                "place": str(where),
+                "value": told.value,
+                "rule": told.rule,
+                "candidates": [describe_candidate(each) for each in told.candidates],
+                "votes": [{"agent": vote.agent, "value": vote.value} for vote in told.votes],
+            }
+        )
+    else:
+        print(printable(str(told), "\n"))
+
+
+async def _explain(url: str, timeout: float, place: Place) -> Explanation:
+    async with dialled(url, timeout) as replica:
+        document = replica.document(place.document)
+        if place.kind == "register":
+            return readable(document.register(place.name)).explain()
+        return readable(document.map(place.name)).explain(place.key or "")
+
+
+def audit(
+    store: Store,
+    document: Annotated[str | None, typer.Option(metavar="NAME", help="Only of this one.")] = None,
+    agent: Annotated[str | None, typer.Option(metavar="NAME", help="Only what it did.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(metavar="KIND", help=f"Only this: {', '.join(AUDITED)}.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, the newest.")] = 100,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a replica recorded: resolutions, votes, rejections, commands.
+
+    Its owner may be running. Whether the records were tampered with is told
+    by [bold]crdtstate verify[/bold].
+
+    Example: [cyan]crdtstate audit agent-7.db --kind resolution[/cyan]
+    """
+    if kind is not None and kind not in AUDITED:
+        raise typer.BadParameter(f"{kind!r}: the kind is one of {', '.join(AUDITED)}")
+    query = Query(document=document, agent=agent, kind=kind, limit=limit)
+    with reading(store) as db:
+        records = [Record.read(row) for row in read_audit(db, query)]
+    for record in records:
+        if as_json:
+            print_json(_describe_record(record))
+        else:
+            print(printable(f"{record.number}: {record}"))
+
+
+def _describe_record(record: Record) -> dict[str, Any]:
+    fields = ("number", "kind", "agent", "document", "path", "chosen", "rule", "detail", "at")
+    return {
+        **{field: getattr(record, field) for field in fields},
+        "when": record.stamp.time,
+        "candidates": [describe_candidate(each) for each in record.candidates],
+        "version": {f"{writer:x}": seq for writer, seq in record.version.items()},
+        "sha256": record.hash.hex(),
+    }
+
+
+def verify(
+    store: Store,
+    as_json: AsJson = False,
+) -> None:
+    """Check every page, change, snapshot and audit record of a store.
+
+    Its owner may be running.
+
+    Example: [cyan]crdtstate verify agent-7.db[/cyan]
+    """
+    found = verify_store(store)
+    if as_json:
+        names = ("documents", "snapshots", "changes", "bytes", "records")
+        counts = {name: getattr(found, name) for name in names}
+        print_json({"store": str(store), **counts, "problems": found.problems})
+    else:
+        for problem in found.problems:
+            print(printable(problem))
+    if found.problems:
+        raise CRDTStateError(f"{store} is damaged: {count(len(found.problems), 'problem')}")
+    if not as_json:
+        sizes = [(found.documents, "document"), (found.snapshots, "snapshot")]
+        sizes += [(found.changes, "change"), (found.bytes, "byte"), (found.records, "record")]
+        what = ", ".join(count(number, noun) for number, noun in sizes)
+        print(f"{printable(str(store))}: sound ({what})")
