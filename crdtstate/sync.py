@@ -658,6 +658,7 @@ class Sync:
                 if hello.session != other.hello.session and self._keeps(other, hello.session):
                     if other.rival is not None and other.rival.is_answered:
                         reason = "two processes write as one writer"
+                        self._settle(other)
                         self._hang_up(other, wire.ByeCode.SAME_WRITER, reason)
                         self._hang_up(link, wire.ByeCode.SAME_WRITER, reason)
                     else:
@@ -702,6 +703,19 @@ class Sync:
             old.rival = Rival(session, self._now, nonce)
             self._send(old.peer, wire.Ask(nonce, 1, (old.agent,), RIVAL_DOCUMENT, Version()))
         return old.rival.is_answered or self._now - old.rival.since < patience
+
+    def _settle(self, link: Link) -> None:
+        """Tell a peer that has to go on as another writer which of its changes are here: it writes
+        the others again, and a counter would count those twice."""
+        assert link.hello is not None
+        writer = link.hello.writer
+        for name, version in self.documents.versions():
+            seq = version.get(writer, 0)
+            if seq and link.takes(name):
+                # Delivered is enough. If a crash takes it, it is asked for under its old dot.
+                frame = wire.encode_frame(wire.Have(name, Version({writer: seq}), False))
+                # Not later than the Bye.
+                self._push(link, frame, Lane.CONTROL)
 
     def _on_answer(self, link: Link, frame: wire.Answer) -> None:
         if link.rival is not None and link.rival.nonce == frame.nonce:
