@@ -54,6 +54,9 @@ class Wreck:
     def snapshots(self) -> Iterator[tuple[Snapshot, bytes]]:
         """Yield the snapshots that are as they were written, with their bytes."""
         for row, data in self._rows("SELECT document, data FROM snapshot", "document"):
+            if not isinstance(data, bytes):
+                self._lose(f"table snapshot, row {row}: these are no bytes")
+                continue
             try:
                 snapshot = Snapshot.decode(data)
             except InvalidUpdate as exc:
@@ -64,6 +67,9 @@ class Wreck:
     def changes(self) -> Iterator[Change]:
         """Yield the changes that are as they were written, in the order of delivery."""
         for row, data in self._rows("SELECT id, data FROM journal", "id"):
+            if not isinstance(data, bytes):
+                self._lose(f"table journal, row {row}: these are no bytes")
+                continue
             try:
                 change = decode_change(data)
             except InvalidUpdate as exc:
