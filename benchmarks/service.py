@@ -187,16 +187,23 @@ class _Fleet:
     def resolve(self, count: int) -> Times:
         """Two agents disagree, one of them resolves it, and all read what it wrote."""
         first, second = self.agents[0], self.agents[1]
-        taken = []
-        for number in range(count):
-            tokens = [self.ask(each, "disagree", number) for each in (first, second)]
+        taken: list[float] = []
+        number = 0
+        while len(taken) < count:
+            number += 1
+            # At one moment, or the one who hears of the other first writes over it.
+            moment = time.monotonic() + 0.02
+            for each in (first, second):
+                each.send(("disagree", (number, moment)))
+            tokens = [each.receive() for each in (first, second)]
             for each in self.agents:
                 for token in tokens:
                     self.ask(each, "wait", token)
             for each in self.agents:
                 self.ask(each, "expect", number)
             started = self.ask(first, "resolve", number)
-            taken.append(max(self.ask(each, "resolved") for each in self.agents) - started)
+            if started is not None:
+                taken.append(max(self.ask(each, "resolved") for each in self.agents) - started)
         return Times(taken, [])
 
     def exposure(self, agent: Child, count: int) -> Result:
@@ -253,7 +260,8 @@ def _lose(store: Path) -> None:
 _SOURCES: dict[Callable[[Path], None], set[str]] = {
     _keep: {"store"},
     _damage: {"checkpoint"},
-    _lose: {"peers"},
+    # A new one, empty: as for an agent that was never here. The peers have all of it.
+    _lose: {"store"},
 }
 
 
@@ -438,7 +446,9 @@ class _Desk:
                 await self._is_news.wait()
         return Times(self._heard, self._heard_bare)
 
-    async def disagree(self, number: int) -> str:
+    async def disagree(self, order: tuple[int, float]) -> str:
+        number, moment = order
+        await asyncio.sleep(moment - time.monotonic())
         self._replica.map("disputed")[f"k{number}"] = self._replica.agent
         return str(self._replica.version())
 
@@ -454,10 +464,13 @@ class _Desk:
         cancel = self._replica.on(Changed, look)
         self._resolved.add_done_callback(lambda _: cancel())
 
-    async def resolve(self, number: int) -> float:
-        (found,) = [c for c in self._replica.conflicts() if c.key == f"k{number}"]
+    async def resolve(self, number: int) -> float | None:
+        """Resolve the conflict; returns when, or None if there is none after all."""
+        found = [c for c in self._replica.conflicts() if c.key == f"k{number}"]
+        if not found:
+            return None
         started = time.monotonic()
-        self._replica.resolve(found, "resolved")
+        self._replica.resolve(found[0], "resolved")
         return started
 
     async def resolved(self, _: None) -> float:

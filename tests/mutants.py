@@ -304,6 +304,8 @@ def loan_ends_before_the_lender_has_everything() -> None:
         return None
 
     def take_back(self: Leases, writer: int, written: Any, committed: Any) -> bool:
+        if writer not in self._lent:
+            return False
         del self._lent[writer]
         self._free.append(writer)
         return True
