@@ -6,6 +6,11 @@ on (dots instead of whole vectors: 105 bytes against 6,400 with a thousand write
 Yjs update and where it comes from. It is encoded once; the same bytes are journaled, sent and
 relayed. A `Snapshot` is a whole document at exactly one version.
 
+A change is named by the hash of its *body*, in which the update is named by its own hash, and so is
+the writer's change before it: a chain, as in p2panda's logs. Whoever knows the newest knows which
+ones are meant by all the older; a writer that goes on in two ways is found out (`forks`). The
+*proof* says that the body is the writer's: nothing, a keyed hash, or a signature (`proofs`).
+
 What is decoded here is well-formed and unaltered, not yet true: `Document.apply` checks the update
 against the document before anything changes.
 """
@@ -14,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgpack
 import zstandard
@@ -33,13 +38,20 @@ CHANGE_SLACK = 1024 * 1024
 
 DEPS_MAX = 40_000
 STATE_BYTES_MAX = 256 * 1024 * 1024
-FORMAT = 1
+FORMAT = 2
 
 WRITE, RESOLUTION, TIDY = range(3)
 """Kinds of change: plain writes, a resolved conflict, dropping what is covered."""
 
-CHECKSUM = 0
-"""Scheme byte in front of a change: BLAKE2b-128 of the body follows."""
+CHECKSUM, KEYED, SIGNED = range(3)
+"""Schemes, the first byte of a change: the id alone, or also a keyed hash, or a signature."""
+
+ID_BYTES = 16
+PROOF_BYTES = (0, 16, 64)
+CARD_BYTES_MAX = 8 * 1024
+CARDS_BYTES_MAX = 64 * 2**20
+CARD_HEAD = 8
+"""Bytes of a card before the certificate: they differ between the writers of one agent."""
 
 
 class Origin(NamedTuple):
@@ -64,6 +76,10 @@ class Change(NamedTuple):
         update: The Yjs update, one transaction of one client.
         origin: Provenance.
         data: The whole as bytes, as journaled, sent and relayed.
+        id: The hash of its body, 16 bytes.
+        prev: The id of the writer's change before it in this document; empty for the first.
+        card: Who the writer is, in a signed mesh: with its first change here, and when it has a
+            new certificate; else empty.
     """
 
     document: str
@@ -76,13 +92,54 @@ class Change(NamedTuple):
     update: bytes
     origin: Origin
     data: bytes
+    id: bytes
+    prev: bytes
+    card: bytes
 
     @property
     def dot(self) -> Dot:
         return Dot(self.writer, self.seq)
 
+    @property
+    def scheme(self) -> int:
+        """What kind of proof it has: `CHECKSUM` for none, `KEYED`, `SIGNED`."""
+        return self.data[0]
+
+    @property
+    def proof(self) -> bytes:
+        """The proof that its writer made it."""
+        return self.data[1 + ID_BYTES : 1 + ID_BYTES + PROOF_BYTES[self.data[0]]]
+
+    @property
+    def body(self) -> bytes:
+        """What the proof is for."""
+        return _split(self.data)[0]
+
+    @property
+    def head(self) -> bytes:
+        """The change without its update: enough to prove who made it."""
+        return self.data[: len(self.data) - len(self.update)]
+
     def __repr__(self) -> str:
         return f"<Change {self.document} {self.writer:x}:{self.seq} {len(self.data)} bytes>"
+
+
+class Prover(Protocol):
+    """Proves that changes are the writer's."""
+
+    @property
+    def scheme(self) -> int:
+        """`KEYED` or `SIGNED`."""
+        raise NotImplementedError
+
+    @property
+    def card(self) -> bytes:
+        """Who the writer is, as `Change.card`."""
+        raise NotImplementedError
+
+    def prove(self, body: bytes) -> bytes:
+        """The proof for the body of a change."""
+        raise NotImplementedError
 
 
 _pack = msgpack.Packer(use_bin_type=True).pack
@@ -97,52 +154,115 @@ def encode_change(
     shared: bool,
     update: bytes,
     origin: Origin,
+    *,
+    prev: bytes = b"",
+    card: bytes = b"",
+    prover: Prover | None = None,
 ) -> Change:
     """Build a change and its bytes."""
     flat = [number for dep in sorted(deps.items()) for number in dep]
-    body = _pack([FORMAT, document, *dot, flat, stamp, kind, shared, update, *origin])
-    data = bytes([CHECKSUM]) + hashlib.blake2b(body, digest_size=16).digest() + body
+    hashed = hashlib.blake2b(update, digest_size=ID_BYTES).digest()
+    body = _pack([FORMAT, document, *dot, flat, stamp, kind, shared, hashed, *origin, prev, card])
+    id = hashlib.blake2b(body, digest_size=ID_BYTES).digest()
+    scheme, proof = (prover.scheme, prover.prove(body)) if prover else (CHECKSUM, b"")
+    data = b"".join((bytes([scheme]), id, proof, len(body).to_bytes(4, "big"), body, update))
     heads = tuple(Dot(writer, seq) for writer, seq in sorted(deps.items()))
-    return Change(document, dot.writer, dot.seq, heads, stamp, kind, shared, update, origin, data)
+    return Change(
+        document,
+        dot.writer,
+        dot.seq,
+        heads,
+        stamp,
+        kind,
+        shared,
+        update,
+        origin,
+        data,
+        id,
+        prev,
+        card,
+    )
+
+
+def _split(data: bytes) -> tuple[bytes, bytes]:
+    """The body and the update of a change."""
+    if not data or data[0] >= len(PROOF_BYTES):
+        raise InvalidUpdate("a change of an unknown scheme")
+    at = 1 + ID_BYTES + PROOF_BYTES[data[0]] + 4
+    end = at + int.from_bytes(data[at - 4 : at], "big")
+    if not at < end <= len(data):
+        raise InvalidUpdate("a change was cut short")
+    return data[at:end], data[end:]
 
 
 def decode_change(data: bytes) -> Change:
-    """Read a change that may come from anybody.
+    """Read a change that may come from anybody. Its proof is not looked at.
 
     Raises:
-        InvalidUpdate: The checksum does not match or a field is malformed or out of bounds.
+        InvalidUpdate: A hash does not match or a field is malformed or out of bounds.
     """
     if len(data) > CHANGE_BYTES_MAX + CHANGE_SLACK:
         raise InvalidUpdate(f"a change of {len(data)} bytes is too long")
-    if len(data) < 18 or data[0] != CHECKSUM:
-        raise InvalidUpdate("a change of an unknown scheme")
-    body = data[17:]
-    if hashlib.blake2b(body, digest_size=16).digest() != data[1:17]:
+    data = bytes(data)
+    body, update = _split(data)
+    fields = _decode_body(data, body)
+    _, document, writer, seq, flat, stamp, kind, shared, hashed = fields[:9]
+    agent, message, run, prev, card = fields[9:]
+    if hashlib.blake2b(update, digest_size=ID_BYTES).digest() != hashed:
+        raise InvalidUpdate("a change's update is not the one it was made with")
+    deps = decode_dots(flat)
+    for dep in deps:
+        if dep.writer == writer:
+            raise InvalidUpdate("a change depends on its own writer")
+    origin = Origin(agent, message, run)
+    id = data[1 : 1 + ID_BYTES]
+    return Change(
+        document, writer, seq, deps, stamp, kind, shared, update, origin, data, id, prev, card
+    )
+
+
+def decode_head(data: bytes) -> Change:
+    """Read a change that may have come without its update, see `Change.head`. Raises
+    InvalidUpdate."""
+    body, update = _split(data)
+    if update:
+        return decode_change(data)
+    fields = _decode_body(data, body)
+    _, document, writer, seq, flat, stamp, kind, shared, _, agent, message, run, prev, card = fields
+    origin, id = Origin(agent, message, run), data[1 : 1 + ID_BYTES]
+    deps = decode_dots(flat)
+    return Change(
+        document, writer, seq, deps, stamp, kind, shared, b"", origin, data, id, prev, card
+    )
+
+
+def _decode_body(data: bytes, body: bytes) -> tuple[Any, ...]:
+    """The fields of a change, checked but for what they mean together."""
+    if hashlib.blake2b(body, digest_size=ID_BYTES).digest() != data[1 : 1 + ID_BYTES]:
         raise InvalidUpdate("a change's checksum does not match")
     try:
         fields = msgpack.unpackb(body, use_list=False)
     except Exception as exc:
         raise InvalidUpdate(f"a change is not valid msgpack: {exc}") from exc
-    if type(fields) is not tuple or len(fields) != 12 or fields[0] != FORMAT:
+    if type(fields) is not tuple or len(fields) != 14 or fields[0] != FORMAT:
         raise InvalidUpdate("a change of an unknown format")
-    _, document, writer, seq, flat, stamp, kind, shared, update, agent, message, run = fields
+    _, document, writer, seq, _, stamp, kind, shared, hashed, *origin, prev, card = fields
     if type(document) is not str or not 0 < len(document) <= NAME_CHARS_MAX:
         raise InvalidUpdate("a change's document has no valid name")
     _check(writer, 1, WRITER_MAX, "writer")
     _check(seq, 1, SEQ_MAX, "seq")
     _check(stamp, 0, STAMP_MAX, "stamp")
     _check(kind, 0, TIDY, "kind")
-    if type(shared) is not bool or type(update) is not bytes:
+    if type(shared) is not bool or type(hashed) is not bytes:
         raise InvalidUpdate("a change's update is malformed")
-    for text in (agent, message, run):
+    for text in origin:
         if type(text) is not str or len(text) > 1000:
             raise InvalidUpdate("a change's origin is malformed")
-    deps = decode_dots(flat)
-    for dep in deps:
-        if dep.writer == writer:
-            raise InvalidUpdate("a change depends on its own writer")
-    origin = Origin(agent, message, run)
-    return Change(document, writer, seq, deps, stamp, kind, shared, update, origin, bytes(data))
+    if type(prev) is not bytes or len(prev) != (0 if seq == 1 else ID_BYTES):
+        raise InvalidUpdate("a change does not say what it follows")
+    if type(card) is not bytes or len(card) > CARD_BYTES_MAX:
+        raise InvalidUpdate("a change's writer is malformed")
+    return fields
 
 
 def decode_dots(flat: object) -> tuple[Dot, ...]:
@@ -163,7 +283,16 @@ def _check(number: object, low: int, high: int, what: str) -> None:
 
 
 class Snapshot(NamedTuple):
-    """A whole document at exactly *version*: the sum of all changes up to it, no more, no less."""
+    """A whole document at exactly *version*: the sum of all changes up to it, no more, no less.
+
+    Attributes:
+        heads: The changes of it that no other one builds on.
+        stamp: The highest of their stamps.
+        agents: Who the writers are, by name.
+        state: The Yjs state.
+        ids: The id of each writer's newest change, see `Change.id`.
+        cards: In a signed mesh, the newest card of each writer, see `Change.card`.
+    """
 
     document: str
     shared: bool
@@ -172,6 +301,8 @@ class Snapshot(NamedTuple):
     stamp: int
     agents: Mapping[int, str]
     state: bytes
+    ids: Mapping[int, bytes]
+    cards: Mapping[int, bytes]
 
     def encode(self) -> bytes:
         """The bytes that are stored and sent: zstd, with a checksum of their own."""
@@ -184,6 +315,9 @@ class Snapshot(NamedTuple):
         return hashlib.blake2b(body, digest_size=16).digest() + body
 
     def _body(self) -> bytes:
+        # Many writers are the same agent's: one certificate, other numbers.
+        places = {card[CARD_HEAD:]: 0 for card in self.cards.values()}
+        places = {certificate: place for place, certificate in enumerate(sorted(places))}
         body: bytes = _pack(
             [
                 FORMAT,
@@ -194,6 +328,13 @@ class Snapshot(NamedTuple):
                 self.stamp,
                 [part for pair in sorted(self.agents.items()) for part in pair],
                 self.state,
+                b"".join(self.ids[writer] for writer in sorted(self.version)),
+                list(places),
+                [
+                    part
+                    for writer, card in sorted(self.cards.items())
+                    for part in (writer, card[:CARD_HEAD], places[card[CARD_HEAD:]])
+                ],
             ]
         )
         return body
@@ -207,9 +348,9 @@ class Snapshot(NamedTuple):
             fields = msgpack.unpackb(_unpacked(data[16:]), use_list=False)
         except (zstandard.ZstdError, ValueError, MemoryError) as exc:
             raise InvalidUpdate(f"a snapshot cannot be read: {exc}") from exc
-        if type(fields) is not tuple or len(fields) != 8 or fields[0] != FORMAT:
+        if type(fields) is not tuple or len(fields) != 11 or fields[0] != FORMAT:
             raise InvalidUpdate("a snapshot of an unknown format")
-        _, document, shared, version, heads, stamp, agents, state = fields
+        _, document, shared, version, heads, stamp, agents, state, ids, certificates, flat = fields
         if type(document) is not str or not 0 < len(document) <= NAME_CHARS_MAX:
             raise InvalidUpdate("a snapshot's document has no valid name")
         if type(shared) is not bool or type(state) is not bytes or type(agents) is not tuple:
@@ -225,7 +366,32 @@ class Snapshot(NamedTuple):
         tips = _decode_version(heads)
         if not tips <= taken:
             raise InvalidUpdate("a snapshot's heads are not part of it")
-        return cls(document, shared, taken, tips, stamp, names, state)
+        if type(ids) is not bytes or len(ids) != ID_BYTES * len(taken):
+            raise InvalidUpdate("a snapshot's ids are malformed")
+        each = (ids[at : at + ID_BYTES] for at in range(0, len(ids), ID_BYTES))
+        known = dict(zip(sorted(taken), each, strict=True))
+        cards = _decode_cards(certificates, flat, taken)
+        return cls(document, shared, taken, tips, stamp, names, state, known, cards)
+
+
+def _decode_cards(certificates: object, flat: object, version: Version) -> dict[int, bytes]:
+    if type(certificates) is not tuple or type(flat) is not tuple or len(flat) % 3:
+        raise InvalidUpdate("a snapshot's cards are malformed")
+    if not all(type(each) is bytes and len(each) <= CARD_BYTES_MAX for each in certificates):
+        raise InvalidUpdate("a snapshot's cards are malformed")
+    cards = {}
+    size = 0
+    for writer, head, place in zip(flat[::3], flat[1::3], flat[2::3], strict=True):
+        if type(writer) is not int or writer not in version or writer in cards:
+            raise InvalidUpdate("a snapshot has a card of nobody")
+        is_head = type(head) is bytes and len(head) == CARD_HEAD
+        if not is_head or type(place) is not int or not 0 <= place < len(certificates):
+            raise InvalidUpdate("a snapshot's cards are malformed")
+        cards[writer] = head + certificates[place]
+        size += len(cards[writer])
+        if size > CARDS_BYTES_MAX:
+            raise InvalidUpdate("a snapshot has too many cards")
+    return cards
 
 
 def _unpacked(body: bytes) -> bytes:

@@ -25,6 +25,7 @@ from crdtstate.change import (
     WRITE,
     Change,
     Origin,
+    Prover,
     Snapshot,
     encode_change,
 )
@@ -41,7 +42,13 @@ from crdtstate.conflict import (
     same,
 )
 from crdtstate.crdts import STRATEGIES, Counter, Map, Register, Set, Strong
-from crdtstate.errors import CRDTStateError, InvalidUpdate, UnsupportedValue, UsageError
+from crdtstate.errors import (
+    CRDTStateError,
+    Forked,
+    InvalidUpdate,
+    UnsupportedValue,
+    UsageError,
+)
 from crdtstate.lanes import Lanes
 from crdtstate.native import Array, Native, Text, YMap
 from crdtstate.slots import (
@@ -135,8 +142,13 @@ class Document:
         self.version = Version()
         # The changes that no delivered change depends on yet.
         self.heads: dict[int, int] = {}
-        # Who writes which lane.
+        # Who writes which lane: by name, and in a signed mesh by their cards.
         self.agents: dict[int, str] = {}
+        self.cards: dict[int, bytes] = {}
+        # The id of each writer's newest change.
+        self.ids: dict[int, bytes] = {}
+        # Proves own changes, if the mesh asks for that.
+        self.prover: Prover | None = None
         # The highest stamp delivered.
         self.stamp = 0
         self.lanes = Lanes(writer)
@@ -559,7 +571,21 @@ class Document:
         self._open_stamp = 0
         origin = origin._replace(agent=self.agent) if origin else Origin(self.agent)
         dot = Dot(self.writer, seq)
-        change = encode_change(self.name, dot, deps, stamp, kind, self.shared, update, origin)
+        prover = self.prover
+        card = prover.card if prover is not None else b""
+        change = encode_change(
+            self.name,
+            dot,
+            deps,
+            stamp,
+            kind,
+            self.shared,
+            update,
+            origin,
+            prev=self.ids.get(self.writer, b""),
+            card=card if card != self.cards.get(self.writer) else b"",
+            prover=prover,
+        )
         self._deliver(change)
         return change
 
@@ -579,6 +605,7 @@ class Document:
         self.is_broken = False
         self.writer = writer
         self.version, self.heads, self.stamp = Version(), {}, 0
+        self.ids = {}
         self._before, self._open_kind, self._open_stamp = {}, WRITE, 0
         self._met = {}
         self.lanes = Lanes(writer)
@@ -623,10 +650,13 @@ class Document:
         """Take in a change of another writer that `is_ready`; return the paths that changed.
 
         Raises:
+            Forked: Its writer has gone on in two ways; nothing changed.
             InvalidUpdate: The change breaks the rules; nothing changed.
             EngineFailure: pycrdt failed; the document must be rebuilt.
         """
         assert self.is_ready(change), f"{change!r} is not ready"
+        if change.prev != self.ids.get(change.writer, b""):
+            raise Forked(f"{change!r} does not follow the one before it that is here")
         assert not self.is_broken, f"{self.name!r} must be rebuilt first"
         if change.shared != self.shared:
             raise InvalidUpdate(f"{change!r} is for a document of the other type")
@@ -693,8 +723,11 @@ class Document:
         heads[change.writer] = change.seq
         self.version[change.writer] = change.seq
         self.stamp = max(self.stamp, change.stamp)
+        self.ids[change.writer] = change.id
         if change.writer not in self.agents:
             self.agents[change.writer] = change.origin.agent
+        if change.card:
+            self.cards[change.writer] = change.card
 
     def snapshot(self) -> Snapshot:
         """The document at exactly its version; the open change is not part of it."""
@@ -707,6 +740,8 @@ class Document:
             self.stamp,
             dict(self.agents),
             self.engine.state(),
+            dict(self.ids),
+            dict(self.cards),
         )
 
     def join(self, snapshot: Snapshot) -> list[str]:
@@ -730,6 +765,11 @@ class Document:
         joined.merge(theirs)
         before = self.lanes.containers
         touched = self._load(state, joined)
+        for writer, seq in theirs.items():
+            if seq > mine.get(writer, 0):
+                self.ids[writer] = snapshot.ids[writer]
+                if writer in snapshot.cards:
+                    self.cards[writer] = snapshot.cards[writer]
         self._join_heads(snapshot)
         mine.merge(theirs)
         self.stamp = max(self.stamp, snapshot.stamp)

@@ -7,8 +7,12 @@ Every error crdtstate raises, named for the situation, and the state it leaves b
     │   ├── UnknownStrategy     a conflict names a strategy this process has not registered
     │   ├── UnknownCheckpoint   there is none with this id, or it was not kept
     │   ├── CommandError        a command that cannot be issued, or that nobody knows
+    │   ├── NotAllowed          the certificate does not grant it
     │   └── ReplicaClosed       the replica was closed or not opened yet
     ├── ProtocolError           a peer's mistake; its message was dropped, our state is untouched
+    │   ├── InvalidCertificate  a certificate or join token that proves nothing
+    │   ├── InvalidRevocation   a revocation that nobody signed who may
+    │   ├── NotAdmitted         a handshake in which somebody proved nothing; nothing was told
     │   └── InvalidUpdate       a change or snapshot that breaks the rules of lanes
     ├── TransportError          a connection could not be made or broke; it is dialled again
     ├── StoreError              the disk's; what was durable stays durable
@@ -75,6 +79,38 @@ class ProtocolError(CRDTStateError):
 
 class InvalidUpdate(ProtocolError):
     """Update bytes that are malformed or break the rules of lanes; nothing was applied."""
+
+
+class Unproven(InvalidUpdate):
+    """A change that is not provably its writer's, or that its writer may not make; nothing was
+    applied."""
+
+
+class Forked(InvalidUpdate):
+    """A change that does not follow the one before it that is here: its writer has gone on in two
+    ways. Nothing was applied."""
+
+
+class InvalidCertificate(ProtocolError):
+    """A certificate or join token that is malformed, of another mesh, or signed by nobody who may;
+    it was not believed."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the certificate is not valid: {reason}")
+        self.reason = reason
+
+
+class InvalidRevocation(ProtocolError):
+    """A revocation that is malformed, or that neither the root nor a controller has signed; it
+    revokes nothing."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the revocation is not valid: {reason}")
+        self.reason = reason
+
+
+class NotAdmitted(ProtocolError):
+    """The other side did not prove that it is of this mesh; nothing was said to it."""
 
 
 class TransportError(CRDTStateError):
@@ -146,6 +182,27 @@ class UnknownCheckpoint(UsageError):
 class CommandError(UsageError):
     """A command that cannot be issued (a bad verb, too large, by who is no controller), or that
     nobody knows (any more); nothing changed."""
+
+
+class NotAllowed(UsageError):
+    """The agent's certificate does not grant this; nothing changed.
+
+    Attributes:
+        agent: Who.
+        role: What it may not do: ``"r"`` read, ``"w"`` write, ``"s"`` hand out snapshots, ``"c"``
+            control, ``"f"`` forward.
+        document: The document.
+    """
+
+    def __init__(self, agent: str, role: str, document: str) -> None:
+        names = {"r": "read", "w": "write", "s": "hand out snapshots of", "f": "forward"}
+        what = "control the mesh" if role == "c" else f"{names[role]} {document!r}"
+        grant = "'*:c'" if role == "c" else f"'{document}:{role}'"
+        super().__init__(
+            f"{agent!r} may not {what}: its certificate does not grant it. Whoever keeps the root "
+            f"key can renew it with --roles {grant}"
+        )
+        self.agent, self.role, self.document = agent, role, document
 
 
 class WaitTimeout(CRDTStateError, TimeoutError):

@@ -127,15 +127,18 @@ def forged(change: Change, victim: Agent, rng: random.Random) -> bytes:
     deps = dict(change.deps)
     if rng.random() < 0.1:
         deps[rng.choice([9, 11])] = rng.randrange(1, 5)
+    dot = Dot(rng.choice([7] * 20 + [9, 11]), rng.choice([due] * 20 + [change.seq, due + 1]))
     made = encode_change(
         "main",
-        Dot(rng.choice([7] * 20 + [9, 11]), rng.choice([due] * 20 + [change.seq, due + 1])),
+        dot,
         {writer: seq for writer, seq in deps.items() if writer != 7},
         rng.choice([change.stamp, 0, 2**62]),
         rng.choice([change.kind, 3]),
         False,
         data,
         change.origin,
+        # Or it would be refused before anybody looks at what it says.
+        prev=victim.document("main").ids.get(dot.writer, bytes(16)) if dot.seq > 1 else b"",
     )
     return made.data
 

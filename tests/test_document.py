@@ -286,7 +286,11 @@ def test_cut_off_and_prolonged_changes_are_refused() -> None:
         ({"stamp": -1}, "stamp"),
         ({"kind": 9}, "kind"),
         ({"shared": 1}, "update"),
-        ({"update": "text"}, "update"),
+        ({"prev": b"x"}, "follows"),
+        ({"prev": bytes(16)}, "follows"),
+        ({"dot": Dot(1, 2)}, "follows"),
+        ({"dot": Dot(1, 2), "prev": b""}, "follows"),
+        ({"card": bytes(10_000)}, "writer"),
         ({"origin": Origin("x" * 2000)}, "origin"),
     ],
 )

@@ -605,7 +605,8 @@ def forged(change: Change, seq: int) -> Change:
     update = b"\x00\x01" + change.update
     deps = dict(change.deps)
     dot = Dot(change.writer, seq)
-    return encode_change("main", dot, deps, change.stamp, 0, False, update, change.origin)
+    prev = change.id if seq > 1 else b""
+    return encode_change("main", dot, deps, change.stamp, 0, False, update, change.origin, prev=prev)
 
 
 def test_a_change_that_breaks_the_rules_is_refused_and_nothing_of_it_applied() -> None:
