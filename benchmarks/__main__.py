@@ -19,6 +19,7 @@ from benchmarks.propagation import propagation
 from benchmarks.reads import reads
 from benchmarks.recovery import recovery
 from benchmarks.report import as_json, as_table, machine
+from benchmarks.security import security
 from benchmarks.service import service
 from benchmarks.writes import writes
 
@@ -35,6 +36,7 @@ BENCHMARKS: dict[str, Callable[[Effort], Sequence[Result]]] = {
     "recovery": recovery,
     "checkpoints": checkpoints,
     "service": service,
+    "security": security,
     "faults": faults,
     "mesh": mesh,
     "thousand": thousand,

@@ -12,11 +12,15 @@ The map of the house, from the ground up; a module imports from its own floor an
 (``tests/test_house.py``; the reasons stand in ARCHITECTURE.md):
 
     floor 0  errors  clock (Dot, Version, Cut, Stamp)  values (user values as bytes)
+             signing (keys, signatures)
     floor 1  guard (checks Yjs updates)  slots (what lanes say of a path)  lane  loading
              lanes (over pycrdt)
              native_guard  native (Yjs types)  native_edits  conflict (strategies)  votes
              change (Change, Snapshot)  crdts (Map, Counter, Register, Set)  document
              documents (a set of them)  digests (what they say, in a few numbers)
+             certificates (who may do what)  revocations
+             hiding (what all have and nobody sees)  validators  rules (what a document admits)
+             quarantine (what they refused)
     floor 2  outcomes  commands (what stands in @control)  board  judging (who does what, once)
              events  config  wire (frames)  identity (who may write as whom)  link  tree
              membership  topology  mesh (whom to be connected to)  transfer  ledger (what is
@@ -24,7 +28,8 @@ The map of the house, from the ground up; a module imports from its own floor an
              comparing  sync (the core)
              past (read-only)  history  rewrite (bringing back)  manifest (of a checkpoint)
              retention  ladder (what a replica recovers from)
-    floor 3  audit (a chain of records)  keys (signing)  transports (memory, websocket)
+    floor 3  audit (a chain of records)  keys (of agents, pinned)  credentials (what
+             a mesh asks for)  authority (who invites)  transports (memory, websocket)
              stores (memory, SQLite journal)  tiers (memory, shm, sqlite, redis, s3)
     floor 4  arguments  glance (how it is doing)  observers (handlers, events)  saving (into the
              store)  connections  borrowing (a writer)  cutting (a moment)  shelf (a tier)
@@ -49,6 +54,7 @@ from crdtstate.controller import Controller
 from crdtstate.crdts import Counter, Map, Register, Set
 from crdtstate.document import Document
 from crdtstate.errors import (
+    ChangeRefused,
     CheckpointFailed,
     CommandError,
     ConfirmTimeout,
@@ -57,6 +63,7 @@ from crdtstate.errors import (
     CRDTStateError,
     InvalidUpdate,
     LeaseRefused,
+    NotAdmitted,
     PastForgotten,
     ProtocolError,
     QuorumLost,
@@ -68,6 +75,7 @@ from crdtstate.errors import (
     TransportError,
     UnknownCheckpoint,
     UnknownStrategy,
+    UnknownValidator,
     UnsupportedValue,
     UsageError,
     WaitTimeout,
@@ -76,6 +84,8 @@ from crdtstate.events import (
     AgentRecovered,
     CatchingUp,
     Changed,
+    ChangeQuarantined,
+    ChangeReleased,
     CheckpointDamaged,
     CheckpointSaved,
     ClockSkew,
@@ -105,18 +115,23 @@ from crdtstate.events import (
     StoreRecovered,
     TierFailed,
     TierRecovered,
+    ValidatorMissing,
 )
 from crdtstate.history import PastChange
 from crdtstate.ladder import Attempt, Recovery
+from crdtstate.limits import Limits
 from crdtstate.membership import Member
 from crdtstate.outcomes import Fulfilled, Rejected, Results, TimedOut
 from crdtstate.past import ABSENT, Difference, Past
+from crdtstate.quarantine import Quarantined
 from crdtstate.replica import Peer, Replica
 from crdtstate.reports import AgentReport, Report
 from crdtstate.retention import Retention
 from crdtstate.rewrite import Kept, Reverted
+from crdtstate.rules import Quota, Use
 from crdtstate.sharing import Shared
 from crdtstate.system import AgentCheckpoint, SystemCheckpoint, SystemRestore
+from crdtstate.validators import Proposal, Write, validator
 
 __version__ = "0.1.0"
 
@@ -129,6 +144,9 @@ __all__ = [
     "CRDTStateError",
     "Candidate",
     "CatchingUp",
+    "ChangeQuarantined",
+    "ChangeRefused",
+    "ChangeReleased",
     "Changed",
     "Checkpoint",
     "CheckpointDamaged",
@@ -166,12 +184,14 @@ __all__ = [
     "Kept",
     "KeyChanged",
     "LeaseRefused",
+    "Limits",
     "Map",
     "Member",
     "MemberDown",
     "MemberRetired",
     "MemberSuspected",
     "MemberUp",
+    "NotAdmitted",
     "Past",
     "PastChange",
     "PastForgotten",
@@ -180,9 +200,12 @@ __all__ = [
     "PeerDisconnected",
     "PeerRejected",
     "PresenceChanged",
+    "Proposal",
     "ProtocolError",
     "Pruning",
+    "Quarantined",
     "QuorumLost",
+    "Quota",
     "Receipt",
     "Record",
     "Recovered",
@@ -216,11 +239,16 @@ __all__ = [
     "Uncompared",
     "UnknownCheckpoint",
     "UnknownStrategy",
+    "UnknownValidator",
     "UnsupportedValue",
     "UsageError",
+    "Use",
+    "ValidatorMissing",
     "Verification",
     "Version",
     "Vote",
     "WaitTimeout",
+    "Write",
     "strategy",
+    "validator",
 ]

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import ipaddress
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from crdtstate import __version__
+from crdtstate.admission import is_private
 from crdtstate.errors import CRDTStateError, UsageError
 from crdtstate.relay import settings
 from crdtstate.relay.server import announce_as_json, announce_as_text, serve
 from crdtstate.relay.settings import DEFAULT_LISTEN, Settings, is_url
+from crdtstate.relay.tokens import page_of
+from crdtstate.transports.websocket import fingerprint
 
 EXTRA = {"typer", "rich"}
 HINT = "the command line needs more packages: pip install 'crdtstate[cli]'"
@@ -79,30 +80,29 @@ def gather(flags: Mapping[str, Any], path: str | None, *, only_check: bool) -> S
     return None
 
 
-def announcing(found: Settings) -> Callable[[str], None]:
+def announcing(found: Settings) -> Callable[[str, str], None]:
     """Return what announces a relay's address, and what to know about running it like this."""
 
-    def announce(address: str) -> None:
-        if not _is_loopback(address):
+    def announce(address: str, token: str) -> None:
+        if address.startswith("ws:") and not is_private(address):
             print(
-                f"crdtstate: warning: who can reach {address} can read and write everything",
+                f"crdtstate: warning: what is said at {address} is not encrypted; see wss://",
                 file=sys.stderr,
             )
+        # Not into a log: to a person, who can open it.
+        if sys.stderr.isatty() and not address.startswith("unix:"):
+            print(f"crdtstate: its page is {page_of(address, token)}", file=sys.stderr)
         if found.json:
             announce_as_json(address)
             return
+        if found.tls_certificate is not None:
+            pinned = f"{address}#{fingerprint(found.tls_certificate)}"
+            print(f"crdtstate: to trust its certificate and no other: {pinned}", file=sys.stderr)
         if found.store is None:
             print("crdtstate: everything is kept in memory only; see --store", file=sys.stderr)
         announce_as_text(address)
 
     return announce
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(urlsplit(address).hostname or "").is_loopback
-    except ValueError:
-        return False
 
 
 def _url(text: str) -> str:
@@ -122,6 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     file: dict[str, Any] = {"metavar": "FILE"}
     add("--listen", **url, help=f"default: {DEFAULT_LISTEN}; port 0: any")
     add("--advertise", **url, help="what members are told to reach it by")
+    add("--mesh", **file, help="the join token, or the words, that the mesh asks for")
+    add("--token-file", **file, help="the token of its pages; made if it is not there")
     add("--store", **file, help="the SQLite file that keeps everything; default: memory")
     add("--peer", **url, dest="peers", action="append", help="another relay; repeatable")
     add("--checkpoints", metavar="URL", action="append", help="a tier to keep them; repeatable")

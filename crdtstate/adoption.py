@@ -181,7 +181,7 @@ class Adoption:
     async def _take_newest(self, theirs: Catalogue) -> tuple[Checkpoint | None, int]:
         """Take in the newest that can be; returns it, and how many changes that brought."""
         here = dict(self._documents.versions())
-        newest = max(theirs.manifests, default=None)
+        newest = max(theirs.believed(), default=None)
         if newest is not None and not is_ahead(theirs.find(newest).version, here, self._takes):
             # There is nothing in it that is not here.
             return theirs.describe(newest), 0

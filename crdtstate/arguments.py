@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from crdtstate import wire
 from crdtstate.config import Config
+from crdtstate.credentials import Credentials
 from crdtstate.errors import UsageError
 from crdtstate.events import Event
 from crdtstate.retention import Retention
@@ -74,6 +75,13 @@ def _tier_url(tier: object) -> str:
         return tier.url
     check_tier_url(tier)
     return str(tier)
+
+
+def check_credentials(agent: str, credentials: Credentials) -> None:
+    """Raise UsageError if an agent of this name cannot be who the credentials say it is."""
+    found = credentials.certificate
+    if found is not None and found.agent != agent:
+        raise UsageError(f"the join token is that of {found.agent!r}, and this is {agent!r}")
 
 
 def check_lan(word: object) -> None:

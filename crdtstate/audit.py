@@ -12,13 +12,15 @@ rule, and at which version of the document. These are recorded:
     rejection   a peer broke the rules and what it sent was dropped; of a peer that does so again
                 and again only the first few, and how many there were
     command     a command was carried out or refused here
+    quarantine  a change of this agent was delivered that the rules of its document refuse
+    release     this agent let such a change count after all
 
-**What is guaranteed.** A record of a change (resolution, decision, vote) is in the same
-transaction as that change: after a crash both are there or neither, whatever the durability. So a
-change that is durable has its record, exactly once; one that was lost and comes again from peers
-is recorded then. A rejection or command is written with the next commit, and may be lost if the
-process ends before. What came with a snapshot is told as far as can be seen: conflicts that were
-open here and are not any more, without those that came and went in between.
+**What is guaranteed.** A record of a change (resolution, decision, vote, quarantine, release) is in
+the same transaction as that change: after a crash both are there or neither, whatever the
+durability. So a change that is durable has its record, exactly once; one that was lost and comes
+again from peers is recorded then. A rejection or command is written with the next commit, and may
+be lost if the process ends before. What came with a snapshot is told as far as can be seen:
+conflicts that were open here and are not any more, without those that came and went in between.
 
 **The chain.** Each row's hash covers the row and the hash before it (SHA-256), and one row beside
 the table holds the newest hash and, once old rows were dropped, the *anchor*: the number and hash
@@ -41,17 +43,21 @@ from typing import Any, NamedTuple
 
 import msgpack
 
+from crdtstate.change import Change
 from crdtstate.clock import Dot, Stamp, Version
 from crdtstate.conflict import VOTE, Candidate, Conflict, Resolution
 from crdtstate.crdts import STRATEGIES
+from crdtstate.digests import describe
 from crdtstate.document import Delivery
 from crdtstate.documents import DocumentSet
 from crdtstate.errors import UnsupportedValue
+from crdtstate.hiding import Refusal
+from crdtstate.quarantine import QUARANTINE, heard, released
 from crdtstate.slots import SEPARATOR
 from crdtstate.values import pack, unpack
 from crdtstate.votes import VOTES
 
-KINDS = ("resolution", "decision", "vote", "rejection", "command")
+KINDS = ("resolution", "decision", "vote", "rejection", "command", "quarantine", "release")
 
 FORMAT = 1
 HASH_BYTES = 32
@@ -211,7 +217,8 @@ class Record:
 
     Attributes:
         number: Its place in the chain of this replica.
-        kind: ``"resolution"``, ``"decision"``, ``"vote"``, ``"rejection"`` or ``"command"``.
+        kind: ``"resolution"``, ``"decision"``, ``"vote"``, ``"rejection"``, ``"command"``,
+            ``"quarantine"`` or ``"release"``.
         agent: Who did it; of a decision, whose change brought it about.
         stamp: When, by the hybrid logical clock of whoever did it.
         at: When it was recorded here.
@@ -297,6 +304,7 @@ def draft(
     rule: str = "",
     heads: Version | None = None,
     detail: str = "",
+    document: str = "",
 ) -> Draft:
     """Write a record down."""
     found = conflict.candidates[-CANDIDATES_MAX:] if conflict is not None else ()
@@ -304,7 +312,7 @@ def draft(
     flat = heads.flat() if heads is not None else []
     rest = [FORMAT, candidates, _short(chosen), rule, flat, detail[:DETAIL_CHARS_MAX]]
     data: bytes = msgpack.packb(rest)
-    document, place = "", ""
+    place = ""
     if conflict is not None:
         document = conflict.document
         place = conflict.kind[0] + conflict.name + SEPARATOR + conflict.key
@@ -364,12 +372,18 @@ class Audit:
         if self.is_loading:
             return
         is_book = document.name == VOTES
-        if not delivery.resolutions and not is_book and self._documents.find(VOTES) is None:
+        drafts = [self._quarantined(delivery, *each) for each in delivery.refused]
+        if document.name == QUARANTINE and change is not None:
+            drafts += self._released(delivery, change)
+        has_votes = is_book or self._documents.find(VOTES) is not None
+        if not delivery.resolutions and not has_votes and not drafts:
             return
-        drafts = [] if is_book else [self._resolved(delivery, r) for r in delivery.resolutions]
+        if not is_book:
+            drafts += [self._resolved(delivery, r) for r in delivery.resolutions]
         if is_book and delivery.local:
             drafts += self._voted(delivery)
-        drafts += self._newly_decided(delivery)
+        if has_votes:
+            drafts += self._newly_decided(delivery)
         if drafts:
             dot = _SNAPSHOT if change is None else change.dot
             self._waiting.setdefault(document.name, []).extend((dot, each) for each in drafts)
@@ -401,6 +415,35 @@ class Audit:
             heads=Version(delivery.document.heads),
             detail="removed" if resolution.removed else _told(resolution.conflict),
         )
+
+    def _quarantined(self, delivery: Delivery, dot: Dot, refusal: Refusal) -> Draft:
+        """A change that the rules of its document refuse."""
+        paths = ", ".join(describe(path) for path in refusal.paths)
+        return draft(
+            "quarantine",
+            refusal.agent,
+            refusal.stamp,
+            self._documents.wall_ms(),
+            heads=Version(delivery.document.heads),
+            detail=f"change {dot.writer:x}:{dot.seq}: {refusal.reason}: {paths}",
+            document=delivery.document.name,
+        )
+
+    def _released(self, delivery: Delivery, change: Change) -> Iterator[Draft]:
+        """What a change of ``@quarantine`` releases, or hides again."""
+        for name, dot in heard(delivery.paths):
+            is_released = dot in released(delivery.document, name)
+            why = f": {change.origin.message}" if change.origin.message else ""
+            what = "counts from now on" if is_released else "is hidden again"
+            yield draft(
+                "release",
+                change.origin.agent,
+                change.stamp,
+                self._documents.wall_ms(),
+                heads=Version(delivery.document.heads),
+                detail=f"change {dot.writer:x}:{dot.seq} {what}{why}",
+                document=name,
+            )
 
     def _voted(self, delivery: Delivery) -> Iterator[Draft]:
         """Own votes."""

@@ -16,9 +16,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from crdtstate import wire
-from crdtstate.connections import DIAL_TIMEOUT
+from crdtstate.admission import Door
+from crdtstate.connections import reach
 from crdtstate.errors import LeaseRefused, ProtocolError, TransportError
-from crdtstate.transports import dial
 
 
 class Loan(NamedTuple):
@@ -28,11 +28,14 @@ class Loan(NamedTuple):
     terms: wire.Lend
 
 
-async def borrow(hello: wire.Hello, urls: Iterable[str], tls: ssl.SSLContext | None) -> Loan:
+async def borrow(
+    hello: wire.Hello, urls: Iterable[str], door: Door, tls: ssl.SSLContext | None
+) -> Loan:
     """Ask at *urls*, one after the other, for a writer.
 
     Args:
         hello: Who asks.
+        door: What it proves.
         tls: Whom to trust, for wss://.
 
     Raises:
@@ -41,7 +44,7 @@ async def borrow(hello: wire.Hello, urls: Iterable[str], tls: ssl.SSLContext | N
     why = "there are none"
     for url in urls:
         try:
-            loan = await _borrow_at(hello, url, tls)
+            loan = await _borrow_at(hello, url, door, tls)
         except (TransportError, ProtocolError) as exc:
             why = str(exc)
             continue
@@ -51,8 +54,8 @@ async def borrow(hello: wire.Hello, urls: Iterable[str], tls: ssl.SSLContext | N
     raise LeaseRefused(f"{hello.agent}: no relay among the peers lends a writer: {why}")
 
 
-async def _borrow_at(hello: wire.Hello, url: str, tls: ssl.SSLContext | None) -> Loan:
-    connection = await dial(url, timeout=DIAL_TIMEOUT, tls=tls)
+async def _borrow_at(hello: wire.Hello, url: str, door: Door, tls: ssl.SSLContext | None) -> Loan:
+    connection, _ = await reach(url, door, tls)
     try:
         visitor = replace(hello, documents=())
         frames = [wire.encode_frame(visitor), wire.encode_frame(wire.Borrow())]

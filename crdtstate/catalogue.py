@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 from dataclasses import dataclass
 from typing import TypeVar
 
+from crdtstate.attestation import BELIEVED, Attestation
 from crdtstate.clock import Cut, Stamp
 from crdtstate.errors import (
     CorruptCheckpoint,
@@ -26,6 +27,8 @@ from crdtstate.errors import (
 )
 from crdtstate.glance import TierHealth
 from crdtstate.manifest import (
+    Damaged,
+    Entry,
     LoadedDocument,
     Manifest,
     Part,
@@ -61,6 +64,8 @@ class Checkpoint:
         version: What is in it: the version of every document.
         size: The bytes it takes in a tier, those shared with other checkpoints included.
         tiers: Which tiers have it.
+        is_proven: Whether it is proven to be whose it says it is, where the mesh asks for that, and
+            that one may still make it. If not, nothing of it is used by itself.
     """
 
     id: str
@@ -69,6 +74,7 @@ class Checkpoint:
     version: Cut
     size: int
     tiers: tuple[str, ...]
+    is_proven: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +98,18 @@ class Catalogue:
         agent: Whose.
         shelves: Its tiers, nearest first.
         retention: Which checkpoints are kept.
+        attestation: Says which are believed.
     """
 
-    def __init__(self, agent: str, shelves: Sequence[Shelf], retention: Retention) -> None:
+    def __init__(
+        self,
+        agent: str,
+        shelves: Sequence[Shelf],
+        retention: Retention,
+        attestation: Attestation = BELIEVED,
+    ) -> None:
         assert shelves, "checkpoints are kept somewhere"
+        self.attestation = attestation
         self.agent = agent
         self.shelves = shelves
         self.retention = retention
@@ -114,6 +128,11 @@ class Catalogue:
         """All that can be loaded as far as is known, oldest first."""
         return [self.describe(id) for id in sorted(self.manifests) if self.holders(id)]
 
+    def believed(self) -> list[str]:
+        """The ids of those that may be used without being asked for, oldest first."""
+        believes = self.attestation.believes
+        return sorted(id for id, manifest in self.manifests.items() if believes(manifest))
+
     def find(self, id: str) -> Manifest:
         """The manifest of a checkpoint. Raises UnknownCheckpoint."""
         found = self.manifests.get(id)
@@ -123,7 +142,7 @@ class Catalogue:
 
     def glance(self) -> tuple[int, float | None, dict[str, TierHealth]]:
         """How many there are, when the newest was made, and how the tiers do; see `Glance`."""
-        ids = [id for id in self.manifests if self.holders(id)]
+        ids = [id for id in self.believed() if self.holders(id)]
         newest_at = self.manifests[max(ids)].created_ms / 1000 if ids else None
         tiers = {
             shelf.url: TierHealth(shelf.failure, shelf.failures, len(shelf.ids))
@@ -142,10 +161,14 @@ class Catalogue:
         return verdict.kept.get(id) or f"not any longer: {verdict.dropped[id]}"
 
     def describe(self, id: str) -> Checkpoint:
+        """A checkpoint for users. What is left out of it is not in its version."""
         manifest = self.manifests[id]
         tiers = tuple(shelf.url for shelf in self.holders(id))
-        stamp = Stamp(manifest.stamp)
-        return Checkpoint(id, manifest.label, stamp, manifest.version, manifest.stored, tiers)
+        stamp, version = Stamp(manifest.stamp), manifest.version
+        is_proven = self.attestation.believes(manifest)
+        if is_proven and (left_out := self.attestation.left_out(manifest)):
+            version = Cut({name: v for name, v in version.items() if name not in left_out})
+        return Checkpoint(id, manifest.label, stamp, version, manifest.stored, tiers, is_proven)
 
     def holders(self, id: str) -> list[Shelf]:
         return [] if id in self.lost else [shelf for shelf in self.shelves if id in shelf.ids]
@@ -156,14 +179,17 @@ class Catalogue:
         self, id: str, dead: dict[Shelf, TierError] | None = None
     ) -> list[LoadedDocument]:
         """Read a checkpoint, each part from the nearest tier that has it as it was written. Tiers
-        in *dead* are not asked, and those that fail are entered there.
+        in *dead* are not asked, and those that fail are entered there. Documents are left out that
+        are not to be believed; if nothing proves whose it is, that is said in the log.
 
         Raises:
             UnknownCheckpoint: There is none with this id.
-            CorruptCheckpoint: No tier has all of it whole; names what is missing.
+            CorruptCheckpoint: No tier has all of it whole; names what is missing. Or nothing of it
+                is to be believed.
             TierError: The tiers that may have it cannot be asked.
         """
         manifest = await self._seek(id)
+        entries = self._entries(id, manifest)
         plain: dict[str, bytes] = {}
         silent = {} if dead is None else dead
 
@@ -171,7 +197,8 @@ class Catalogue:
             plain[part.name] = await self.read_part(part, dead=silent)
 
         try:
-            await each(manifest.parts().values(), fetch)
+            parts = {part.name: part for entry in entries for part in entry.parts}
+            await each(parts.values(), fetch)
         except CorruptCheckpoint as exc:
             self.lost[id] = str(exc)
             raise
@@ -187,21 +214,47 @@ class Catalogue:
                     for change in decode_changes(delta, plain[delta.name])
                 ],
             )
-            for entry in manifest.documents
+            for entry in entries
         ]
 
+    def _entries(self, id: str, manifest: Manifest) -> list[Entry]:
+        """What may be read of a checkpoint. Raises CorruptCheckpoint if that is nothing."""
+        if not self.attestation.is_proven(manifest):
+            log.warning("%s: nothing proves whose checkpoint %s is", self.agent, id)
+            return [*manifest.documents]
+        try:
+            left_out = self.attestation.left_out(manifest)
+        except Damaged as exc:
+            raise CorruptCheckpoint("every tier", id, str(exc)) from exc
+        for name in left_out:
+            log.warning("%s: checkpoint %s: %r is left out", self.agent, id, name)
+        return [entry for entry in manifest.documents if entry.name not in left_out]
+
     async def newest(self) -> AsyncIterator[tuple[Checkpoint, list[LoadedDocument]]]:
-        """Iterate over the checkpoints that can be loaded, newest first. Those that cannot are
-        passed over; what is wrong with them is told by events, and stands in `lost`. A tier that
-        fails is not asked for older ones either: `failures`."""
+        """Iterate over the checkpoints that are believed and can be loaded, newest first. Those
+        that cannot are passed over; what is wrong with them is told by events, and stands in
+        `lost`. A tier that fails is not asked for older ones either: `failures`."""
         dead: dict[Shelf, TierError] = {}
-        for id in sorted(self.manifests, reverse=True):
+        for id in reversed(self.believed()):
             try:
                 documents = await self.load(id, dead)
             except (StoreError, UnknownCheckpoint) as exc:
                 log.warning("%s: checkpoint %s cannot be used: %s", self.agent, id, exc)
                 continue
             yield self.describe(id), documents
+
+    async def check_believed(self, id: str) -> None:
+        """Check that a checkpoint may be used without its user's asking for it by its id.
+
+        Raises:
+            UnknownCheckpoint, TierError: As `load`.
+            CorruptCheckpoint: It may not.
+        """
+        manifest = await self._seek(id)
+        try:
+            self.attestation.left_out(manifest)
+        except Damaged as exc:
+            raise CorruptCheckpoint("every tier", id, str(exc)) from exc
 
     async def verify(self, id: str, tier: str | None = None) -> Verification:
         """Read all of a checkpoint, in all tiers that have it, or in *tier*, named by its URL.
@@ -347,7 +400,7 @@ class Catalogue:
 
     async def prove_newest(self) -> None:
         """Find the newest that can be loaded, which is never let go."""
-        for id in sorted(self.manifests, reverse=True):
+        for id in reversed(self.believed()):
             if id in self.verified:
                 return
             for shelf in self.holders(id):
@@ -357,9 +410,16 @@ class Catalogue:
                     continue
 
     def verdict(self) -> Verdict:
+        """What retention says. What is not believed is judged by itself: else whoever can write to
+        one tier could have those let go that are."""
+        believed = set(self.believed())
+        others = self.manifests.keys() - believed
+        one, other = self._judge(believed), self._judge(others)
+        return Verdict(one.kept | other.kept, one.dropped | other.dropped)
+
+    def _judge(self, ids: Iterable[str]) -> Verdict:
         held = [
-            Held(id, manifest, id in self.verified and id not in self.lost)
-            for id, manifest in self.manifests.items()
+            Held(id, self.manifests[id], id in self.verified and id not in self.lost) for id in ids
         ]
         return judge(self.retention, held, time.time_ns() // 1_000_000)
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import msgpack
@@ -45,6 +46,14 @@ WRITE, RESOLUTION, TIDY = range(3)
 
 CHECKSUM, KEYED, SIGNED = range(3)
 """Schemes, the first byte of a change: the id alone, or also a keyed hash, or a signature."""
+
+EXPANSION_MAX = 200
+"""How many times as large as when it was sent a snapshot may become. One that zstd makes smaller
+than that is stored and sent as it is."""
+
+SMALL = 64 * 1024
+FIELDS_MAX = 64
+ENTRIES_MAX = 3 * 200_000
 
 ID_BYTES = 16
 PROOF_BYTES = (0, 16, 64)
@@ -145,6 +154,46 @@ class Prover(Protocol):
 _pack = msgpack.Packer(use_bin_type=True).pack
 
 
+def _unpack(data: bytes) -> Any:
+    return msgpack.unpackb(data, use_list=False, max_map_len=0, max_ext_len=0)
+
+
+def _read_fields(data: bytes) -> tuple[Any, ...]:
+    """Read an array of values and of flat arrays, whatever its size: an unpacker that builds what
+    it finds makes seventy bytes of memory out of one. Raises ValueError."""
+    source = msgpack.Unpacker(
+        max_buffer_size=STATE_BYTES_MAX,
+        use_list=False,
+        max_array_len=0,
+        max_map_len=0,
+        max_ext_len=0,
+    )
+    source.feed(data)
+    fields: list[Any] = []
+    try:
+        for _ in range(min(source.read_array_header(), FIELDS_MAX)):
+            is_array = data[source.tell()] in _ARRAYS
+            fields.append(_read_array(source) if is_array else source.unpack())
+    except (msgpack.OutOfData, IndexError):
+        raise ValueError("it was cut short") from None
+    if source.tell() != len(data):
+        raise ValueError("bytes are left over")
+    return tuple(fields)
+
+
+_ARRAYS = frozenset((*range(0x90, 0xA0), 0xDC, 0xDD))
+
+
+def _read_array(source: msgpack.Unpacker) -> tuple[Any, ...]:
+    length = source.read_array_header()
+    if length > ENTRIES_MAX:
+        raise ValueError(f"an array of {length} values")
+    values = tuple(islice(source, length))
+    if len(values) < length:
+        raise ValueError("it was cut short")
+    return values
+
+
 def encode_change(
     document: str,
     dot: Dot,
@@ -241,7 +290,8 @@ def _decode_body(data: bytes, body: bytes) -> tuple[Any, ...]:
     if hashlib.blake2b(body, digest_size=ID_BYTES).digest() != data[1 : 1 + ID_BYTES]:
         raise InvalidUpdate("a change's checksum does not match")
     try:
-        fields = msgpack.unpackb(body, use_list=False)
+        read = _unpack if len(body) <= SMALL else _read_fields
+        fields = read(body)
     except Exception as exc:
         raise InvalidUpdate(f"a change is not valid msgpack: {exc}") from exc
     if type(fields) is not tuple or len(fields) != 14 or fields[0] != FORMAT:
@@ -292,6 +342,8 @@ class Snapshot(NamedTuple):
         state: The Yjs state.
         ids: The id of each writer's newest change, see `Change.id`.
         cards: In a signed mesh, the newest card of each writer, see `Change.card`.
+        told: The document's rules, and which of the changes they refuse; see `rules`, `hiding`.
+            Empty if there are none.
     """
 
     document: str
@@ -303,10 +355,14 @@ class Snapshot(NamedTuple):
     state: bytes
     ids: Mapping[int, bytes]
     cards: Mapping[int, bytes]
+    told: bytes = b""
 
     def encode(self) -> bytes:
         """The bytes that are stored and sent: zstd, with a checksum of their own."""
-        packed = zstandard.ZstdCompressor(level=3).compress(self._body())
+        body = self._body()
+        packed = zstandard.ZstdCompressor(level=3).compress(body)
+        if len(body) > EXPANSION_MAX * len(packed):
+            packed = body
         return hashlib.blake2b(packed, digest_size=16).digest() + packed
 
     def encode_plain(self) -> bytes:
@@ -335,6 +391,7 @@ class Snapshot(NamedTuple):
                     for writer, card in sorted(self.cards.items())
                     for part in (writer, card[:CARD_HEAD], places[card[CARD_HEAD:]])
                 ],
+                *([self.told] if self.told else []),
             ]
         )
         return body
@@ -345,12 +402,17 @@ class Snapshot(NamedTuple):
         if hashlib.blake2b(data[16:], digest_size=16).digest() != data[:16]:
             raise InvalidUpdate("a snapshot's checksum does not match")
         try:
-            fields = msgpack.unpackb(_unpacked(data[16:]), use_list=False)
+            fields = _read_fields(_unpacked(data[16:]))
         except (zstandard.ZstdError, ValueError, MemoryError) as exc:
             raise InvalidUpdate(f"a snapshot cannot be read: {exc}") from exc
-        if type(fields) is not tuple or len(fields) != 11 or fields[0] != FORMAT:
+        if type(fields) is not tuple or not 11 <= len(fields) <= 12 or fields[0] != FORMAT:
             raise InvalidUpdate("a snapshot of an unknown format")
-        _, document, shared, version, heads, stamp, agents, state, ids, certificates, flat = fields
+        told = fields[11] if len(fields) == 12 else b""
+        if type(told) is not bytes:
+            raise InvalidUpdate("a snapshot's rules are malformed")
+        _, document, shared, version, heads, stamp, agents, state, ids, certificates, flat = fields[
+            :11
+        ]
         if type(document) is not str or not 0 < len(document) <= NAME_CHARS_MAX:
             raise InvalidUpdate("a snapshot's document has no valid name")
         if type(shared) is not bool or type(state) is not bytes or type(agents) is not tuple:
@@ -371,7 +433,7 @@ class Snapshot(NamedTuple):
         each = (ids[at : at + ID_BYTES] for at in range(0, len(ids), ID_BYTES))
         known = dict(zip(sorted(taken), each, strict=True))
         cards = _decode_cards(certificates, flat, taken)
-        return cls(document, shared, taken, tips, stamp, names, state, known, cards)
+        return cls(document, shared, taken, tips, stamp, names, state, known, cards, told)
 
 
 def _decode_cards(certificates: object, flat: object, version: Version) -> dict[int, bytes]:
@@ -398,7 +460,7 @@ def _unpacked(body: bytes) -> bytes:
     is_plain = not body.startswith(zstandard.FRAME_HEADER)
     # The size that the frame states is what zstd allocates, whatever else it is told.
     size = len(body) if is_plain else zstandard.frame_content_size(body)
-    if not 0 < size <= STATE_BYTES_MAX:
+    if not 0 < size <= min(STATE_BYTES_MAX, EXPANSION_MAX * len(body)):
         raise InvalidUpdate(f"a snapshot of {size} bytes is out of bounds")
     if is_plain:
         return body

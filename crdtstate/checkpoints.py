@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from crdtstate.attestation import BELIEVED, Attestation
 from crdtstate.catalogue import Catalogue, Checkpoint, Verification, each
 from crdtstate.clock import Version
 from crdtstate.config import Config
@@ -81,6 +82,7 @@ class Checkpoints(Catalogue):
         config: Settings.
         emit: Gets the events.
         retention: Which checkpoints are kept.
+        attestation: Proves those that are made, and says which of the others are believed.
         made_late: A file among the tiers that is only made when something is kept.
     """
 
@@ -92,6 +94,7 @@ class Checkpoints(Catalogue):
         emit: Callable[[Event], None],
         *,
         retention: Retention | None = None,
+        attestation: Attestation = BELIEVED,
         made_late: Path | None = None,
     ) -> None:
         shelves = [
@@ -102,10 +105,11 @@ class Checkpoints(Catalogue):
                 retry=config.tier_retry,
                 retry_max=config.tier_retry_max,
                 emit=emit,
+                attestation=attestation,
             )
             for tier in tiers
         ]
-        super().__init__(agent, shelves, retention or Retention())
+        super().__init__(agent, shelves, retention or Retention(), attestation)
         self.primary = _appoint(shelves)
         self.primary.made_late = made_late
         self._config = config
@@ -182,7 +186,7 @@ class Checkpoints(Catalogue):
                 self._emit(event)
 
         shelves = [shelf.of(agent, emit) for shelf in self.shelves]
-        found = Catalogue(agent, shelves, Retention())
+        found = Catalogue(agent, shelves, Retention(), self.attestation.of_others())
         await found.read_all()
         return found
 
@@ -229,14 +233,20 @@ class Checkpoints(Catalogue):
         assert self._cutter is not None, "this one only reads"
         primary = self.primary
         items = await primary.items()
-        parent = max((id for id in self.manifests if primary in self.holders(id)), default=None)
+        # Its parts are named again, in the own name.
+        is_own = self.attestation.is_own
+        parent = max(
+            (id for id in self.manifests if primary in self.holders(id) and is_own(self.find(id))),
+            default=None,
+        )
         before = None if parent is None else self.manifests[parent]
         renew: set[str] = set()
         if before is not None:
             self.writing.update(before.parts())
             renew = await self._unusable(before, items)
         cut = await self._cutter.take(before, renew)
-        manifest, data, new = await asyncio.to_thread(pack, cut, self.agent, label, parent)
+        prove = self.attestation.prove
+        manifest, data, new = await asyncio.to_thread(pack, cut, self.agent, label, parent, prove)
         id = make_id(manifest.stamp, data)
         self.writing.update(new)
         async with primary.lock:
@@ -287,7 +297,7 @@ class Checkpoints(Catalogue):
 
     def _announce_newest(self) -> None:
         """Say which tiers have it by now."""
-        newest = max((id for id in self.manifests if self.holders(id)), default=None)
+        newest = max((id for id in self.believed() if self.holders(id)), default=None)
         if newest is not None and not self._is_closing:
             self._announce(self.describe(newest))
 
@@ -305,7 +315,7 @@ class Checkpoints(Catalogue):
     def _has_changed(self) -> bool:
         """Whether a document of the user's is not as the newest checkpoint has it."""
         assert self._cutter is not None
-        newest = max((id for id in self.manifests if self.holders(id)), default=None)
+        newest = max((id for id in self.believed() if self.holders(id)), default=None)
         entries = self.manifests[newest].documents if newest else ()
         saved = {entry.name: entry.version for entry in entries}
         return any(

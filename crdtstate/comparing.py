@@ -527,7 +527,10 @@ class Comparing:
         document = self._find(link, exchange.document)
         if exchange.writers is not None or (document is not None and not document.shared):
             wanted = exchange.writers or (document.version if document is not None else ())
-            exchange.open = {w: Verdict.OTHER for w in wanted if w not in sums.lanes}
+            hides = document.hiding.hides_all if document is not None else lambda writer: False
+            exchange.open = {
+                w: Verdict.OTHER for w in wanted if w not in sums.lanes and not hides(w)
+            }
         exchange.left = [(writer, *told) for writer, told in sorted(sums.lanes.items())]
         if exchange.writers is None and sums.mark is not None:
             is_fresh = exchange.course is not None

@@ -5,9 +5,11 @@ All settings of a replica, in one frozen dataclass. Times are in seconds, sizes 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from crdtstate.errors import UsageError
+from crdtstate.limits import Limits
 from crdtstate.votes import VOTERS_MAX
 
 
@@ -169,25 +171,45 @@ class Config:
     """How long after opening commands wait whose handlers are not registered yet. Later they are
     refused at once."""
 
+    signing: Literal["signed", "keyed"] | None = None
+    """What proves whose a change is: a signature of the member that made it, which takes a join
+    token; or only that somebody made it who knows the mesh's secret, where one user owns every
+    replica. None: what `Replica(mesh=)` gives, and nothing without it. The same everywhere."""
+
+    limits: Limits = field(default_factory=Limits)
+    """What those may cost who connect; see `Limits`."""
+
+    tls_binding: bool = True
+    """Whether it is part of the proof of each side which certificate the server shows. False for
+    who listens behind a proxy that does the TLS, and for those who dial it."""
+
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            may_be_0 = field.name in ("checkpoint_interval", "compare_interval")
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name == "limits":
+                if not isinstance(value, Limits):
+                    raise UsageError(f"Config.limits is a crdtstate.Limits, not {value!r}")
+                continue
+            if each.name == "signing":
+                if value not in (None, "signed", "keyed"):
+                    raise UsageError(f'Config.signing is "signed", "keyed" or None, not {value!r}')
+                continue
+            may_be_0 = each.name in ("checkpoint_interval", "compare_interval")
             if may_be_0 and value == 0 and type(value) is not bool:
                 continue
-            if field.name in ("discover", "recover"):
+            if each.name in ("discover", "recover", "tls_binding"):
                 if not isinstance(value, bool):
-                    raise UsageError(f"Config.{field.name} is True or False, not {value!r}")
+                    raise UsageError(f"Config.{each.name} is True or False, not {value!r}")
                 continue
-            if field.name == "voters":
-                object.__setattr__(self, "voters", _names(field.name, value))
+            if each.name == "voters":
+                object.__setattr__(self, "voters", _names(each.name, value))
                 continue
-            if field.name == "controllers":
+            if each.name == "controllers":
                 if value is not None:
-                    object.__setattr__(self, "controllers", _names(field.name, value))
+                    object.__setattr__(self, "controllers", _names(each.name, value))
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise UsageError(f"Config.{field.name} must be a number above 0, not {value!r}")
+                raise UsageError(f"Config.{each.name} must be a number above 0, not {value!r}")
         if self.link_timeout < 3 * self.heartbeat:
             raise UsageError("Config.link_timeout must be at least three heartbeats")
 

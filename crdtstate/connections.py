@@ -1,9 +1,10 @@
 """
 The connections of a replica: bytes that come go to the core, and what it wants sent leaves.
 
-The core (`sync`) decides whom to dial, what to send and when to hang up; here that is done. Each
-connection has one task that reads, and one that writes what could not leave at once; until there is
-room for it, what waits for a peer stays with the core.
+The core (`sync`) decides whom to dial, what to send and when to hang up; here that is done. Who is
+at the other end is proved at the `Door` before the core hears of it. Each connection has one task
+that reads, and one that writes what could not leave at once; until there is room for it, what waits
+for a peer stays with the core. Who sends too much is read more slowly.
 """
 
 from __future__ import annotations
@@ -11,21 +12,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+from collections import Counter
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from crdtstate import sync, wire
-from crdtstate.errors import ProtocolError, TransportError, UsageError
-from crdtstate.events import Event, PeerRejected
-from crdtstate.transports import Connection, dial
+from crdtstate import handshake, sync, wire
+from crdtstate.admission import Door
+from crdtstate.bans import Offence
+from crdtstate.errors import ProtocolError, StoreError, TransportError, UsageError
+from crdtstate.events import Event
+from crdtstate.handshake import Identity
+from crdtstate.limits import CloseCode
+from crdtstate.transports import CLOSE_NORMAL, Connection, Http, Listener, dial, listen
 
 log = logging.getLogger("crdtstate")
 
 DIAL_TIMEOUT = 3.0
 """Short: when a network is whole again, the next attempt must not wait for the last one."""
 
+JUDGED_EVERY = 1.0
+"""How often is looked whether somebody who is connected would still be let in: the certificate may
+have expired, or been revoked, meanwhile."""
+
 FAREWELL = 1.0
 """How long closing waits for what is queued to leave."""
+
+THEIRS = "they said: "
+"""How the core begins a reason that is the other side's: then it is this side that was blamed."""
 
 STRANGERS_MAX = 100
 """Connections above `Config.links_max` whose other side has not said yet who it is."""
@@ -41,18 +54,27 @@ class Traffic:
     bytes_out: int = 0
     changes_in: int = 0
     """Changes of others that were taken in; those that came with a snapshot are not counted."""
+    changes_hidden: int = 0
+    """Changes of others that the rules of their documents refuse."""
     changes_out: int = 0
     """Own changes."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """Connections that were refused or ended for a breach, by why."""
+    throttled_seconds: float = 0.0
+    """For how long peers that sent too much were not read."""
 
 
 class _Link:
     """A connection's shell: whether its task has to send, and why it ended."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, identity: Identity) -> None:
         self.connection = connection
+        self.identity = identity
         self.wake = asyncio.Event()
         self.is_sending = False
         self.ending: tuple[wire.ByeCode, str] | None = None
+        # What the other side closed it with, if it said more than goodbye.
+        self.told = ""
 
 
 class Connections:
@@ -62,6 +84,7 @@ class Connections:
         agent: The agent's name.
         given: The addresses that the user gave; there may come more.
         tls: Whom to trust, for wss://.
+        door: Who is let in, and what this replica proves to others.
         emit: Gets the events of connections.
         pump: Carries out what the core wants done, at once.
         wake: The same, soon.
@@ -73,6 +96,7 @@ class Connections:
         agent: str,
         given: Container[str],
         tls: ssl.SSLContext | None,
+        door: Door,
         *,
         emit: Callable[[Event], None],
         pump: Callable[[], None],
@@ -82,6 +106,7 @@ class Connections:
         self._agent = agent
         self._given = given
         self._tls = tls
+        self._door = door
         self._emit = emit
         self._pump = pump
         self._wake = wake
@@ -95,7 +120,7 @@ class Connections:
         # What went into one message last, and that: most peers get the same.
         self._message: tuple[list[bytes], bytes] = ([], b"")
         # What came and went, for metrics.
-        self.traffic = Traffic()
+        self.traffic = Traffic(refused=door.refused)
         # Address -> why it could not be reached the last time.
         self.unreachable: dict[str, str] = {}
 
@@ -111,28 +136,63 @@ class Connections:
         """Accept nobody from now on, and tell the core no more of connections that end."""
         self._is_open = False
 
+    async def listen(self, url: str, *, http: Http | None, tls: ssl.SSLContext | None) -> Listener:
+        """Let others come in at *url*. Raises what `transports.listen` does."""
+        return await listen(
+            url,
+            self.accept,
+            http=http,
+            tls=tls,
+            gate=self._door,
+            greeting_max=handshake.MESSAGE_BYTES_MAX,
+        )
+
+    def has_room(self) -> bool:
+        """Whether there is room for another connection."""
+        return self._is_open and len(self._links) < self._core.config.links_max + STRANGERS_MAX
+
     async def accept(self, connection: Connection) -> None:
         """Serve a connection that somebody else made, if there is room for it."""
-        if not self._is_open or self._core.mesh.has_left:
+        if not self._may_serve():
             return
-        if len(self._links) < self._core.config.links_max + STRANGERS_MAX:
-            await self._serve(connection, None)
+        identity = await self._door.admit(connection)
+        if self._may_serve():
+            await self._make_room(identity)
+            await self._serve(connection, None, identity)
+
+    async def _make_room(self, identity: Identity) -> None:
+        """Close the oldest connection of a key that would have too many."""
+        if identity.certificate is None:
+            return
+        key = identity.certificate.key
+        held = [
+            link
+            for link in self._links.values()
+            if link.identity.certificate is not None and link.identity.certificate.key == key
+        ]
+        if len(held) >= self._core.config.limits.connections_per_key:
+            reason = "there are newer connections with this key"
+            await self._door.refuse(held[0].connection, CloseCode.DUPLICATE, reason, identity.agent)
+
+    def _may_serve(self) -> bool:
+        return self.has_room() and not self._core.mesh.has_left
 
     async def dial(self, url: str) -> None:
         """Try once to connect to an address, and serve the connection."""
         try:
-            connection = await dial(url, timeout=DIAL_TIMEOUT, tls=self._tls)
-        except (TransportError, UsageError) as exc:
+            connection, identity = await reach(url, self._door, self._tls)
+        except (TransportError, ProtocolError, UsageError, StoreError) as exc:
             log.debug("%s: %s", self._agent, exc)
             self._note_trouble(url, str(exc).removeprefix(f"{url}: "))
             self._core.dial_failed(url, self._loop.time())
             self._wake()
             return
         self.unreachable.pop(url, None)
-        link = await self._serve(connection, url)
+        link = await self._serve(connection, url, identity)
         code = link.ending[0] if link.ending else None
         if code is not wire.ByeCode.DUPLICATE:
-            self._note_trouble(url, link.ending[1] if link.ending else "the connection broke")
+            reason = link.ending[1] if link.ending else link.told or "the connection broke"
+            self._note_trouble(url, reason)
 
     def hang_up(self, peer: int, code: wire.ByeCode, reason: str) -> None:
         """End a connection once what is queued has left, but soon."""
@@ -140,6 +200,9 @@ class Connections:
         if link is not None and link.ending is None:
             link.ending = (code, reason)
             link.wake.set()
+            if code is wire.ByeCode.PROTOCOL and not reason.startswith(THEIRS):
+                self._door.refused["broken-rules"] += 1
+                self._door.blame(link.identity, link.connection.origin, Offence.BROKEN_RULES)
             self._loop.call_later(FAREWELL, link.connection.abort)
 
     async def say_goodbye(self) -> None:
@@ -159,22 +222,46 @@ class Connections:
 
     # Serving
 
-    async def _serve(self, connection: Connection, url: str | None) -> _Link:
+    async def recheck(self) -> None:
+        """Look now at all who are connected, and part from those who would not be let in: their
+        certificate was revoked or has expired, or their key is banned."""
+        for link in list(self._links.values()):
+            if (refusal := self._door.judge(link.identity)) is not None:
+                await self._door.refuse(link.connection, *refusal, agent=link.identity.agent)
+
+    async def _serve(self, connection: Connection, url: str | None, identity: Identity) -> _Link:
         """Serve one connection, made by dialling *url* if that is given, until it ends."""
         peer, self._next_peer = self._next_peer, self._next_peer + 1
-        link = self._links[peer] = _Link(connection)
-        self._core.peer_up(peer, self._loop.time(), url=url)
+        link = self._links[peer] = _Link(connection, identity)
+        throttle = self._door.throttle(connection.origin)
+        judge_at = self._loop.time() + JUDGED_EVERY
+        certificate = identity.certificate
+        self._core.peer_up(peer, self._loop.time(), url=url, certificate=certificate)
         sender = self._loop.create_task(self._send_waiting(peer, link))
         self._pump()
         reason = "closed"
         try:
             while True:
-                self._receive(peer, await connection.receive())
+                data = await connection.receive()
+                if self._loop.time() >= judge_at:
+                    judge_at = self._loop.time() + JUDGED_EVERY
+                    if (refusal := self._door.judge(identity)) is not None:
+                        reason = refusal[1]
+                        await self._door.refuse(connection, *refusal, agent=identity.agent)
+                        break
+                frames = self._receive(peer, data)
+                if throttle is not None:
+                    pause = throttle.take(frames, len(data), self._loop.time())
+                    if pause:
+                        self.traffic.throttled_seconds += pause
+                        await asyncio.sleep(pause)
         except TransportError as exc:
             reason = str(exc)
+            link.told = reason.removeprefix(f"{connection.remote}: ") if ", 44" in reason else ""
         except ProtocolError as exc:
             reason = str(exc)
-            self._emit(PeerRejected(connection.remote, reason))
+            self._door.blame(identity, connection.origin, Offence.BAD_FRAME)
+            await self._door.refuse(connection, CloseCode.BAD_FRAME, reason, agent=identity.agent)
         except Exception as exc:
             # A bug of ours. It costs this connection, not the replica.
             log.exception("%s: serving %s failed", self._agent, connection.remote)
@@ -190,14 +277,17 @@ class Connections:
                 self._wake()
         return link
 
-    def _receive(self, peer: int, data: bytes) -> None:
+    def _receive(self, peer: int, data: bytes) -> int:
+        """Give the core what came; return how many frames it was."""
         now = self._loop.time()
         self.traffic.messages_in += 1
         self.traffic.bytes_in += len(data)
-        for frame in wire.decode_message(data):
+        frames = wire.decode_message(data)
+        for frame in frames:
             self._core.receive(peer, frame, now)
         # Not at once: others may have sent something too.
         self._wake()
+        return len(frames)
 
     # Sending
 
@@ -221,7 +311,10 @@ class Connections:
                     link.is_sending = False
                     self._rearm()
                 if link.ending is not None:
-                    await link.connection.close(link.ending[1])
+                    code, reason = link.ending
+                    is_breach = code is wire.ByeCode.PROTOCOL
+                    number = CloseCode.BAD_FRAME if is_breach else CLOSE_NORMAL
+                    await link.connection.close(reason, number)
                     return
                 link.wake.clear()
                 await link.wake.wait()
@@ -237,3 +330,22 @@ class Connections:
         self.traffic.messages_out += 1
         self.traffic.bytes_out += len(message)
         return message
+
+
+async def reach(url: str, door: Door, tls: ssl.SSLContext | None) -> tuple[Connection, Identity]:
+    """Connect to *url*, and have both sides prove who they are.
+
+    Raises:
+        TransportError: Nobody answered, or hung up.
+        NotAdmitted: It is not of this mesh.
+        UsageError: It leads elsewhere than a replica without a mesh may go.
+        StoreError: The host's secret cannot be had.
+    """
+    door.check(url)
+    greeting_max = handshake.MESSAGE_BYTES_MAX
+    connection = await dial(url, timeout=DIAL_TIMEOUT, tls=tls, greeting_max=greeting_max)
+    try:
+        return connection, await door.present(connection)
+    except BaseException:
+        connection.abort()
+        raise

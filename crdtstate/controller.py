@@ -69,6 +69,7 @@ class Controller:
 
     Raises:
         CommandError: `Config.controllers` does not name this agent.
+        NotAllowed: Its certificate does not let it control the mesh.
     """
 
     def __init__(self, replica: Replica) -> None:

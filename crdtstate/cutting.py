@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -197,13 +198,20 @@ class Cutter:
 
 
 def pack(
-    cut: CutTaken, agent: str, label: str, parent: str | None
+    cut: CutTaken,
+    agent: str,
+    label: str,
+    parent: str | None,
+    prove: Callable[[Manifest], bytes] = lambda manifest: b"",
 ) -> tuple[Manifest, bytes, dict[str, tuple[Part, bytes]]]:
     """Make a cut to a manifest, its bytes, and its new parts, by name, as they are stored.
     Compresses and hashes, which takes a while: not on the event loop.
 
+    Args:
+        prove: Gives the proof of a manifest.
+
     Raises:
-        Damaged: It would be larger than a manifest may be.
+        Damaged: It would be larger than a manifest may be, or cannot be proven.
     """
     entries: list[Entry] = []
     new: dict[str, tuple[Part, bytes]] = {}
@@ -222,4 +230,5 @@ def pack(
         entries.append(entry)
     head = (agent, cut.writer, int(cut.stamp), cut.wall_ms, label, parent)
     manifest = Manifest(*head, tuple(entries))
+    manifest = replace(manifest, proof=prove(manifest))
     return manifest, manifest.encode(), new

@@ -20,6 +20,10 @@ not compared: nothing depends on it.
 
 Native documents have no lanes; they are compared when their whole versions are equal.
 
+What is hidden (`hiding`) is compared as it lies there, so it makes no difference who has heard of
+that. Lanes that are hidden whole are left out: their writer has gone on in two ways, so two that
+have different ones are both right, and nobody sees either.
+
 **What is summed up.** Of each slot both what the index says, which is read, and what the Doc holds,
 which snapshots carry: where these disagree, the slot's digest is one that no sound replica has. A
 lane's digest is the sum of its slots' (64 bits each: against faults, not against forgers). Those of
@@ -159,7 +163,8 @@ def sum_up(
     lanes: dict[int, tuple[int, int]] = {}
     for _ in range(TRIES if writers is None else 1):
         before, lanes = version_mark(document), {}
-        wanted = sorted(document.version if writers is None else writers)
+        named = document.version if writers is None else writers
+        wanted = sorted(writer for writer in named if not document.hiding.hides_all(writer))
         for writer in wanted:
             now, found = yield from _sum_lane(document, memory, writer, since, now)
             if found is not None:
@@ -231,12 +236,10 @@ def _held(document: Document, lane: Lane, segment: Segment) -> dict[str, bytes]:
 
 
 def _slot(document: Document, writer: int, path: str) -> Slot | None:
-    """What the index says, but for the open change."""
+    """What the index says, hidden or not, but for the open change."""
     if writer == document.writer and path in document.unsealed:
         return document.unsealed[path]
-    container, _, key = path.partition(SEPARATOR)
-    cells = document.lanes.containers.get(container)
-    return cells.cells.get(key, {}).get(writer) if cells is not None else None
+    return document.lanes.slot(writer, path)
 
 
 def _digest(path: str, slot: Slot | None, held: bytes | None) -> int:

@@ -16,8 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from crdtstate import verbs
 from crdtstate.board import Board
-from crdtstate.commands import EXPIRY_MS_MAX, TARGETS_MAX, Command, is_pattern, matches
-from crdtstate.errors import CommandError, UsageError, WaitTimeout
+from crdtstate.certificates import CONTROL as CONTROLS
+from crdtstate.commands import (
+    CONTROL,
+    EXPIRY_MS_MAX,
+    TARGETS_MAX,
+    Command,
+    is_pattern,
+    matches,
+)
+from crdtstate.errors import CommandError, NotAllowed, UsageError, WaitTimeout
 from crdtstate.judging import rally
 from crdtstate.outcomes import Outcome, Results, TimedOut
 
@@ -248,7 +256,10 @@ def _is_number(value: object) -> bool:
 
 
 def check_own(home: Replica) -> None:
-    """Raise CommandError if a replica's own settings say that it may not command."""
+    """Raise CommandError if a replica's own settings say that it may not command, NotAllowed if
+    its certificate does not let it."""
+    if not home.is_controller(home.agent):
+        raise NotAllowed(home.agent, CONTROLS, CONTROL)
     allowed = home.config.controllers
     if allowed is not None and home.agent not in allowed:
         raise CommandError(

@@ -9,16 +9,24 @@ them at exactly one version.
 
 The *engine* holds the content: `lanes.Lanes` for maps, counters, registers and sets, or
 `native.Native` for the Yjs types of a document opened with ``shared=True``.
+
+A document can have *rules* (`rules`). What they refuse of others is delivered all the same, and
+hidden (`hiding`); what they refuse of own writes raises when it is written, or when the transaction
+ends.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import msgpack
 
 from crdtstate.change import (
     CHANGE_BYTES_MAX,
+    ID_BYTES,
     NAME_CHARS_MAX,
     RESOLUTION,
     TIDY,
@@ -43,14 +51,32 @@ from crdtstate.conflict import (
 )
 from crdtstate.crdts import STRATEGIES, Counter, Map, Register, Set, Strong
 from crdtstate.errors import (
+    ChangeRefused,
     CRDTStateError,
     Forked,
     InvalidUpdate,
+    UnknownValidator,
     UnsupportedValue,
     UsageError,
 )
+from crdtstate.hiding import NO_COUNTS, REASON_CHARS_MAX, Ceiling, Hiding, Refusal, net_of
 from crdtstate.lanes import Lanes
 from crdtstate.native import Array, Native, Text, YMap
+from crdtstate.rules import (
+    NUMBER_MAX,
+    ON,
+    QUOTA,
+    RULES,
+    VALIDATOR,
+    Force,
+    Quota,
+    Rules,
+    Use,
+    propose,
+    rule_of,
+    rules_of,
+    write_quota,
+)
 from crdtstate.slots import (
     NO_COVERS,
     SEPARATOR,
@@ -62,6 +88,7 @@ from crdtstate.slots import (
     is_conflict,
     totals,
 )
+from crdtstate.validators import is_known, known_validators
 from crdtstate.values import pack, unpack
 
 if TYPE_CHECKING:
@@ -82,6 +109,18 @@ CHANGE_PATHS_GOAL = 1024
 CHANGE_PATHS_MAX = 20_000
 """Paths that one transaction may write."""
 
+JUDGED_PATHS_GOAL = 64
+"""The same for paths in a document with rules: with each write, all that is open is judged."""
+
+PRUNE_MIN = 256
+"""Refused changes of a writer that are remembered whether they stand or not."""
+
+TOLD_BYTES_MIN = 4 * 2**20
+"""What a snapshot may say of rules and refused changes, beside the bytes of its state."""
+
+SLOT_BYTES_MIN = 8
+"""Bytes of a state that one slot takes at least; each refused change has one."""
+
 SETTLED_PER_CHANGE = 500
 """Slots dropped per change because others cover them; bounds the length of a change."""
 
@@ -89,6 +128,17 @@ SETTLED_PER_CHANGE = 500
 class EngineFailure(Exception):
     """pycrdt failed on a checked update. The document's Doc is beyond use and must be rebuilt
     from the store without this change; reads go on, from the index."""
+
+
+class Witness(Protocol):
+    """Knows what pycrdt is given, for who finds the process dead."""
+
+    def begin(self, id: bytes, document: str, writer: int, seq: int) -> None:
+        """pycrdt is given a change; or a snapshot, whose writer and seq are 0. Raises InvalidUpdate
+        if it must not be."""
+
+    def end(self, id: bytes) -> None:
+        """It has taken or refused it."""
 
 
 class Delivery(NamedTuple):
@@ -99,6 +149,7 @@ class Delivery(NamedTuple):
         paths: What it wrote.
         resolutions: What that resolved.
         local: Whether it was sealed here.
+        refused: The changes in it that the document's rules refuse, with their dots.
     """
 
     document: Document
@@ -106,6 +157,7 @@ class Delivery(NamedTuple):
     paths: list[str]
     resolutions: list[Resolution]
     local: bool
+    refused: Sequence[tuple[Dot, Refusal]] = ()
 
 
 class Document:
@@ -161,9 +213,21 @@ class Document:
         self.polls: Polls | None = None
         # The resolutions at a path (container, key) that an audit remembers.
         self.recall: Callable[[str, str], tuple[Record, ...]] | None = None
+        # Told of all that pycrdt is given.
+        self.witness: Witness | None = None
         # Called after each change, own ones too, with what it wrote and what that resolved; and
         # after a snapshot.
         self.on_delivered: Callable[[Delivery], None] | None = None
+        # Whether a transaction is open, at whose end what is written is judged.
+        self.is_grouped: Callable[[], bool] = lambda: False
+        # What the document admits, as it says itself.
+        self.rules = Rules()
+        # By which state of the rules, and as whose, the open change was admitted; None: it was not
+        # judged. And whether what is written now is to be judged at once.
+        self._admitted: tuple[int, Origin] | None = None
+        self._judges = True
+        # With how many refused changes of a writer to forget those that do not stand any more.
+        self._prune_at = PRUNE_MIN
         self._clock = clock
         self._wall = wall
         self._on_write = on_write
@@ -265,6 +329,214 @@ class Document:
             if whose == container and (name := _newest_name(cell)):
                 found[prefix] = name
         return found
+
+    # Rules
+
+    def validators(self) -> tuple[str, ...]:
+        """The validators that this document uses, by name."""
+        return self.rules.now.validators
+
+    def use_validator(self, name: str) -> None:
+        """Let the validator *name* judge all changes from now on, on all replicas: those that
+        build on this one. See `validators`.
+
+        Raises:
+            UnknownValidator: There is none of this name in this process.
+            UsageError: Inside a transaction, or in a document of native types or of the system.
+        """
+        if not is_known(name):
+            raise UnknownValidator(name, self.name, known_validators())
+        self._set_rule(VALIDATOR + name, ON)
+
+    def drop_validator(self, name: str) -> None:
+        """Let the validator *name* judge no more. What it has refused stays so, until released."""
+        if name in self.validators():
+            self._set_rule(VALIDATOR + name, "")
+
+    @property
+    def quota(self) -> Quota:
+        """How much one writer may have here."""
+        return self.rules.now.quota
+
+    def limit(self, *, bytes: int | None = None, keys: int | None = None) -> None:
+        """Let no writer have more than so much in this document, on all replicas, in changes that
+        build on this one: bytes of names, keys and packed values, and places that hold a value.
+        None: as much as it likes. A place counts for who wrote it last.
+
+        Raises:
+            UsageError: The numbers cannot be; or see `use_validator`.
+        """
+        for number in (bytes, keys):
+            if number is not None and (type(number) is not int or not 0 <= number <= NUMBER_MAX):
+                raise UsageError(f"a limit is a number of at least 0, or None, not {number!r}")
+        wanted = Quota(bytes, keys)
+        if wanted != self.quota:
+            self._set_rule(QUOTA, write_quota(wanted))
+
+    def usage(self) -> Use:
+        """How much this replica's writer has here, as `limit` counts."""
+        return self.lanes.use(self.writer)
+
+    def _set_rule(self, key: str, text: str) -> None:
+        """Set a rule, in a change of its own."""
+        if self.shared or self.name.startswith("@"):
+            raise UsageError(
+                f"{self.name!r} has no rules: it holds native types, or is the system's"
+            )
+        if self.is_grouped():
+            raise UsageError("rules are set outside of transactions, in a change of their own")
+        if self.rules.is_full(self.writer):
+            raise UsageError(f"{self.name!r}: this writer has set too many rules")
+        if self.is_open:
+            # What is open is sealed when it says so a second time.
+            self._on_write(self)
+        self._judges = False
+        try:
+            self.put(RULES, key, pack(text, "rule"))
+        finally:
+            self._judges = True
+        self._on_write(self)
+
+    def admit_open(self, origin: Origin) -> None:
+        """Judge the open change, as one that *origin* makes.
+
+        Raises:
+            ChangeRefused: The rules refuse it.
+            UnknownValidator: It cannot be judged here.
+        """
+        force = self.rules.now
+        admitted = self.rules.revision, origin
+        if not force or not self._before or self._admitted == admitted:
+            return
+        slots = {path: self.lanes.own_slot(path) for path in self._before}
+        self._admit(force, slots, origin, self._open_kind)
+        self._admitted = admitted
+
+    def _admit_write(self, path: str, slot: Slot, kind: int) -> None:
+        """Judge the open change with one slot more. Raises what `admit_open` does."""
+        force = self.rules.now
+        if not force or not self._judges or self.is_grouped():
+            return
+        slots = {path: self.lanes.own_slot(path) for path in self._before}
+        origin = Origin(self.agent)
+        self._admit(force, {**slots, path: slot}, origin, kind or self._open_kind)
+        self._admitted = self.rules.revision, origin
+
+    def _admit(
+        self, force: Force, slots: Mapping[str, Slot | None], origin: Origin, kind: int
+    ) -> None:
+        lanes = self.lanes
+        before = {path: self._before.get(path, lanes.own_slot(path)) for path in slots}
+        if all(rule_of(path) is not None for path in slots):
+            return
+        sealed = after = lanes.use(self.writer)
+        for path in slots:
+            now = lanes.own_slot(path)
+            sealed = sealed.plus(path, now, -1).plus(path, before[path])
+            after = after.plus(path, now, -1).plus(path, slots[path])
+        writes = {
+            path: slot for path, slot in slots.items() if slot is not None and slot != before[path]
+        }
+        proposal = propose(self.name, self.writer, origin, kind == RESOLUTION, writes, before)
+        if (reason := force.judge(proposal, sealed, after)) is not None:
+            raise ChangeRefused(self.name, reason[:REASON_CHARS_MAX])
+
+    def _judge(self, plan: Plan, change: Change) -> Refusal | None:
+        """What the rules make of a change of another that was checked and is ready.
+
+        Raises:
+            UnknownValidator: It cannot be judged here.
+        """
+        dot, lanes = change.dot, self.lanes
+        force = self.rules.for_change(dot, change.deps)
+        slots = plan.written(change.seq)
+        if not force or not slots or all(rule_of(path) is not None for path in slots):
+            return None
+        before = {path: lanes.slot(plan.writer, path) for path in slots}
+        use = lanes.use(plan.writer)
+        after = use
+        for owner, path in plan.drops:
+            if owner == plan.writer:
+                after = after.plus(path, lanes.slot(owner, path), -1)
+        for path, slot in slots.items():
+            after = after.plus(path, before[path], -1).plus(path, slot)
+        is_resolution = change.kind == RESOLUTION
+        proposal = propose(self.name, plan.writer, change.origin, is_resolution, slots, before)
+        reason = force.judge(proposal, use, after)
+        if reason is None:
+            return None
+        counts = {
+            path: added
+            for path, slot in slots.items()
+            if path[0] == "c" and (added := net_of(slot) - net_of(before[path]))
+        }
+        paths = tuple(sorted(slots))
+        return Refusal(
+            change.origin.agent, change.stamp, reason[:REASON_CHARS_MAX], paths, counts or NO_COUNTS
+        )
+
+    # Hiding
+
+    @property
+    def hiding(self) -> Hiding:
+        """What of this document is hidden."""
+        return self.lanes.hiding
+
+    def hide(self, writer: int, ceiling: Ceiling | None) -> list[str]:
+        """Hide all changes of *writer* above a seq, whether they are here or still come; 0 hides
+        its whole lane, None shows all of it again. Returns the paths that read differently."""
+        ceilings = self.hiding.ceilings
+        if ceilings.get(writer) == ceiling:
+            return []
+        if ceiling is None:
+            del ceilings[writer]
+        else:
+            ceilings[writer] = ceiling
+        return self.lanes.review(writer)
+
+    def release(self, dots: Iterable[Dot]) -> list[str]:
+        """Show what the rules refused in the changes *dots*, and in no others. Returns the paths
+        that read differently."""
+        hiding = self.hiding
+        before, hiding.released = hiding.released, frozenset(dots)
+        changed: list[str] = []
+        for writer in sorted({dot.writer for dot in before ^ hiding.released}):
+            if writer in hiding.refused:
+                changed += self.lanes.review(writer, hiding.places(writer))
+        return changed
+
+    def withheld(self) -> list[tuple[Dot, Refusal]]:
+        """The changes that the rules refused and nobody has released, as far as they stand, oldest
+        first."""
+        self._prune()
+        return sorted(self.hiding.withheld(), key=lambda each: (each[1].stamp, each[0]))
+
+    def counted(self, writer: int) -> dict[str, int]:
+        """What the lane of *writer* counts in each counter, without what was refused: what a
+        `Ceiling` at its present seq is to say."""
+        found = {}
+        for path, slot in self.lanes.slots(writer).items():
+            if path[0] == "c":
+                found[path] = self.hiding.counted(writer, path, slot)
+        return found
+
+    def _prune_some(self, writer: int) -> None:
+        """Do that if there is twice as much of a writer as after the last time."""
+        if len(self.hiding.refused[writer]) > self._prune_at:
+            newest = max(self.hiding.refused[writer])
+            refusal = self.hiding.refused[writer][newest]
+            self._prune()
+            # It does not stand yet.
+            self.hiding.refused.setdefault(writer, {})[newest] = refusal
+            self._prune_at = max(PRUNE_MIN, 2 * len(self.hiding.refused[writer]))
+
+    def _prune(self) -> None:
+        """Forget what was refused and has been written over by its own writer."""
+        lanes = self.lanes
+        for writer in list(self.hiding.refused):
+            slots = {path: lanes.slot(writer, path) for path in self.hiding.places(writer)}
+            stands = {path: slot.seq for path, slot in slots.items() if slot is not None}
+            self.hiding.stand(writer, stands)
 
     def use_strategy(self, container: str, name: str | None, prefix: str = "") -> None:
         """See `Map.use_strategy`."""
@@ -386,16 +658,25 @@ class Document:
         cells = lanes.container(container)
         cell = cells.cells.get(key)
         covers = covering(cell, self.writer) if cell else NO_COVERS
+        seq = self.version.get(self.writer, 0) + 1
+        if self.rules.said:
+            self._admit_write(path, Slot(value, seq, 0, covers), kind)
         own = cell.get(self.writer) if cell else None
+        is_plain = lanes.is_plain
+        if not is_plain:
+            own = lanes.own_slot(path)
         self._open(path, own, (len(value) if value is not None else 0) + 14 * len(covers))
         self._open_kind = kind or self._open_kind
         if covers and cell and key in cells.contested and container[0] in _KINDS:
             self._meet(path, cell, kind == RESOLUTION)
-        if value is None and not covers:
-            cells.update(key, self.writer, None)
+        slot = None
+        # Where there are rules a removal is always said, for them to see it.
+        if value is not None or covers or self.rules.said:
+            slot = Slot(value, seq, self._open_stamp, covers)
+        if is_plain:
+            cells.update(key, self.writer, slot)
         else:
-            seq = self.version.get(self.writer, 0) + 1
-            cells.update(key, self.writer, Slot(value, seq, self._open_stamp, covers))
+            lanes.set_own(path, slot)
         self._check_goal()
 
     def _meet(self, path: str, cell: Cell, is_meant: bool) -> None:
@@ -419,20 +700,28 @@ class Document:
         if top >= STAMP_MAX:
             raise UsageError(f"{self.name!r}: a clock without bounds has written at {key!r}")
         self.put(container, key, value)
-        slot = cells.cells[key][self.writer]
+        path = container + SEPARATOR + key
+        slot = self.lanes.own_slot(path)
+        assert slot is not None, f"{path!r} was written just now"
         if slot.stamp <= top:
-            cells.update(key, self.writer, slot._replace(stamp=top + 1))
+            self.lanes.set_own(path, slot._replace(stamp=top + 1))
 
     def count(self, container: str, up: int, down: int) -> None:
         """Add to this lane's totals of a counter."""
         path = container + SEPARATOR
         cells = self.lanes.container(container)
-        own = cells.cells.get("", {}).get(self.writer)
+        own = self.lanes.own_slot(path)
         ups, downs = totals(own) if own else (0, 0)
         value = pack([ups + up, downs + down], "counter")
-        self._open(path, own, len(value))
         seq = self.version.get(self.writer, 0) + 1
-        cells.update("", self.writer, Slot(value, seq, self._open_stamp))
+        if self.rules:
+            self._admit_write(path, Slot(value, seq, 0), WRITE)
+        self._open(path, own, len(value))
+        slot = Slot(value, seq, self._open_stamp)
+        if self.lanes.is_plain:
+            cells.update("", self.writer, slot)
+        else:
+            self.lanes.set_own(path, slot)
         self._check_goal()
 
     def _open(self, path: str, own: Slot | None, size: int) -> None:
@@ -470,7 +759,8 @@ class Document:
         )
 
     def _check_goal(self) -> None:
-        if self._open_bytes > CHANGE_BYTES_GOAL or len(self._before) > CHANGE_PATHS_GOAL:
+        goal = JUDGED_PATHS_GOAL if self.rules.said else CHANGE_PATHS_GOAL
+        if self._open_bytes > CHANGE_BYTES_GOAL or len(self._before) > goal:
             self._on_write(self)
 
     def _native_written(self) -> None:
@@ -497,6 +787,7 @@ class Document:
                 self._met.pop(path, None)
         if not self._before:
             self._open_kind, self._open_stamp = WRITE, 0
+        self._admitted = None
         if self.native is not None:
             self.native.rollback()
 
@@ -508,8 +799,16 @@ class Document:
 
         Raises:
             UsageError: Native edits that cannot be sent (too large, nested too deep, of another
-                type); the document reads as before them.
+                type), or writes that are refused by rules that came after them; the document
+                reads as before them.
         """
+        if self.rules.said and self._before:
+            try:
+                self.admit_open(origin._replace(agent=self.agent) if origin else Origin(self.agent))
+            except UsageError:
+                self.rollback()
+                raise
+        self._admitted = None
         kind, self._open_kind = (self._open_kind if self.is_open else TIDY), WRITE
         met, self._met = self._met, {}
         if self.native is not None:
@@ -520,6 +819,9 @@ class Document:
         if not update:
             return None
         change = self._sealed(update, origin, kind)
+        if self.rules.said or any(path[0] == "@" for path in self.written):
+            says = {path: self.lanes.own_slot(path) for path in self.written}
+            self.rules.note(change.dot, change.deps, rules_of(says))
         if self.on_delivered is not None:
             resolutions = []
             for path in self.written if met else ():
@@ -559,9 +861,14 @@ class Document:
             if now != slot:
                 slots[path] = now
         self.written = list(slots)
-        drops = lanes.settle(SETTLED_PER_CHANGE, before) if lanes.settled else []
+        # Where there are rules nobody adopts; see `rules`.
+        adopts = not self.rules
+        drops = lanes.settle(SETTLED_PER_CHANGE, before, adopts=adopts) if lanes.settled else []
         if len(lanes.tended) > 1:
             lanes.look_at(slots)
+        elif self.rules:
+            # Removals that cover nothing; see `put`.
+            lanes.look_at([path for path, slot in slots.items() if slot and slot.value is None])
         return lanes.write(slots, drops) if slots or drops else b""
 
     def _sealed(self, update: bytes, origin: Origin | None, kind: int) -> Change:
@@ -589,6 +896,26 @@ class Document:
         self._deliver(change)
         return change
 
+    def live_slots(self, writer: int) -> dict[str, Slot]:
+        """The values and totals of a lane that nobody has written over, by path."""
+        found = {}
+        for path, slot in self.lanes.slots(writer).items():
+            if path.startswith("c") or writer in dict(candidates(self.lanes.cell(path))):
+                found[path] = slot
+        return found
+
+    def is_closed(self, writer: int) -> bool:
+        """Whether nothing more of a writer is taken in here."""
+        return self.version.get(writer, 0) == SEQ_MAX
+
+    def close_lane(self, writer: int) -> None:
+        """Hide all of a writer, and take in nothing more of it: it counts as delivered to the end,
+        so that nobody waits for what builds on it."""
+        self.version[writer] = SEQ_MAX
+        self.ids[writer] = bytes(ID_BYTES)
+        self.heads.pop(writer, None)
+        self.hide(writer, Ceiling(0))
+
     def adopt(self, writer: int) -> None:
         """Look after the lane of a closed *writer* from now on (L6): what is settled in it is
         dropped with what is settled in the own one. Only right once all its changes are
@@ -608,34 +935,36 @@ class Document:
         self.ids = {}
         self._before, self._open_kind, self._open_stamp = {}, WRITE, 0
         self._met = {}
-        self.lanes = Lanes(writer)
+        self._admitted = None
+        self.rules = Rules()
+        self.lanes = Lanes(writer, self.hiding.emptied())
         if self.native is not None:
             self.native.reset(writer)
         return own
 
     def own_slots(self, writer: int) -> dict[str, Slot]:
         """The slots of *writer*'s lane by path, those of the open change included."""
-        return {
-            container + SEPARATOR + key: cell[writer]
-            for container, cells in self.lanes.containers.items()
-            for key, cell in cells.cells.items()
-            if writer in cell
-        }
+        return self.lanes.slots(writer)
 
     def rewrite(self, wanted: Mapping[str, Slot], lane: int) -> None:
         """Write again what *wanted* says and the loaded *lane* does not: the values that its
         writer had written and that the store, or the mesh, does not know of."""
         loaded = self.own_slots(lane)
-        for path in sorted(wanted.keys() | loaded.keys()):
-            want, have = wanted.get(path), loaded.get(path)
-            if want == have:
-                continue
-            container, _, key = path.partition(SEPARATOR)
-            if container.startswith("c"):
-                new, old = (totals(slot) if slot else (0, 0) for slot in (want, have))
-                self.count(container, max(0, new[0] - old[0]), max(0, new[1] - old[1]))
-            else:
-                self.put(container, key, want.value if want else None)
+        # There is nobody to be told what the rules refuse now, before it is sealed.
+        self._judges = False
+        try:
+            for path in sorted(wanted.keys() | loaded.keys()):
+                want, have = wanted.get(path), loaded.get(path)
+                if want == have:
+                    continue
+                container, _, key = path.partition(SEPARATOR)
+                if container.startswith("c"):
+                    new, old = (totals(slot) if slot else (0, 0) for slot in (want, have))
+                    self.count(container, max(0, new[0] - old[0]), max(0, new[1] - old[1]))
+                else:
+                    self.put(container, key, want.value if want else None)
+        finally:
+            self._judges = True
 
     # Replicating
 
@@ -651,7 +980,9 @@ class Document:
 
         Raises:
             Forked: Its writer has gone on in two ways; nothing changed.
-            InvalidUpdate: The change breaks the rules; nothing changed.
+            InvalidUpdate: The change breaks the rules of lanes; nothing changed.
+            UnknownValidator: It cannot be told here whether the document admits it; nothing
+                changed.
             EngineFailure: pycrdt failed; the document must be rebuilt.
         """
         assert self.is_ready(change), f"{change!r} is not ready"
@@ -660,7 +991,14 @@ class Document:
         assert not self.is_broken, f"{self.name!r} must be rebuilt first"
         if change.shared != self.shared:
             raise InvalidUpdate(f"{change!r} is for a document of the other type")
-        touched, met = self._apply(change)
+        if self.witness is None:
+            touched, met, refused = self._apply(change)
+        else:
+            self.witness.begin(change.id, self.name, change.writer, change.seq)
+            try:
+                touched, met, refused = self._apply(change)
+            finally:
+                self.witness.end(change.id)
         if self._before:
             # What is open is not in the lane yet; it is judged when it has been sealed (L3).
             self.lanes.settled.update(
@@ -672,20 +1010,47 @@ class Document:
             resolutions = [
                 self._resolution(path, found, slot, is_meant, change) for path, slot, found in met
             ]
-            self.on_delivered(Delivery(self, change, touched, resolutions, False))
+            told = [(change.dot, refused)] if refused is not None else []
+            self.on_delivered(Delivery(self, change, touched, resolutions, False, told))
         return touched
 
-    def _apply(self, change: Change) -> tuple[list[str], list[_Met]]:
-        plan = None
+    def _apply(self, change: Change) -> tuple[list[str], list[_Met], Refusal | None]:
+        plan, refused = None, None
         if self.native is None:
             plan = self.lanes.check(
                 change.update, change.writer, change.seq, self.version, self._before
             )
+            if self.rules:
+                refused = self._apply_rules(plan, change)
+        if refused is not None:
+            self.hiding.refuse(change.dot, refused)
+            self._prune_some(change.writer)
+            self.lanes.watch()
+        try:
+            touched, met = self._apply_checked(plan, change)
+        except BaseException:
+            if refused is not None:
+                self.hiding.unrefuse(change.dot)
+            raise
+        if plan is not None and (self.rules.said or any(put[2][0] == "@" for put in plan.puts)):
+            says = {} if refused is not None else rules_of(plan.written(change.seq))
+            self.rules.note(change.dot, change.deps, says)
+        return touched, met, refused
+
+    def _apply_rules(self, plan: Plan, change: Change) -> Refusal | None:
+        """Judge a change. Raises InvalidUpdate, UnknownValidator."""
+        is_adopting = any(owner != plan.writer for owner, _ in plan.drops)
+        if is_adopting and self.rules.are_known_to(change.dot, change.deps):
+            raise InvalidUpdate("deletes in another lane where there are rules")
+        return self._judge(plan, change)
+
+    def _apply_checked(self, plan: Plan | None, change: Change) -> tuple[list[str], list[_Met]]:
         try:
             if self.native is not None:
                 return self.native.apply(change.update, change.writer), []
             assert plan is not None
-            met = self._met_by(plan) if self.on_delivered is not None else []
+            is_seen = not self.hiding.hides(change.writer, change.seq)
+            met = self._met_by(plan) if self.on_delivered is not None and is_seen else []
             with self._open_kept(path for writer, path in plan.drops if writer == self.writer):
                 return self.lanes.apply(change.update, plan), met
         except CRDTStateError:
@@ -742,7 +1107,23 @@ class Document:
             self.engine.state(),
             dict(self.ids),
             dict(self.cards),
+            self._told(),
         )
+
+    def _told(self) -> bytes:
+        """What a snapshot says of rules and refused changes."""
+        self._prune()
+        if not self.rules and not self.hiding.refused:
+            return b""
+        told: bytes = msgpack.packb([self.rules.flat(), self.hiding.flat()])
+        return told
+
+    def _hear(self, snapshot: Snapshot) -> tuple[Rules, Hiding]:
+        """What will be known of rules and refused changes with a snapshot. Raises InvalidUpdate."""
+        rules, hiding = read_told(snapshot)
+        mine, theirs = self.version, snapshot.version
+        newer = [writer for writer, seq in theirs.items() if seq > mine.get(writer, 0)]
+        return self.rules.joined(rules), self.hiding.joined(hiding, newer)
 
     def join(self, snapshot: Snapshot) -> list[str]:
         """Take in everything *snapshot* has and keep everything here; return the paths that may
@@ -763,8 +1144,14 @@ class Document:
             state = self.engine.join(state, lambda w: theirs.get(w, 0) > mine.get(w, 0))
         joined = mine.copy()
         joined.merge(theirs)
-        before = self.lanes.containers
-        touched = self._load(state, joined)
+        before, known = self.lanes.containers, (self.rules, self.hiding)
+        rules, hiding = self._hear(snapshot)
+        self.rules, self.lanes.hiding = rules, hiding
+        try:
+            touched = self._load_witnessed(snapshot, state, joined)
+        except BaseException:
+            self.rules, self.lanes.hiding = known
+            raise
         for writer, seq in theirs.items():
             if seq > mine.get(writer, 0):
                 self.ids[writer] = snapshot.ids[writer]
@@ -776,7 +1163,9 @@ class Document:
         self.agents = {**snapshot.agents, **self.agents}
         if self.on_delivered is not None:
             resolutions = list(self._resolved_since(before, snapshot))
-            self.on_delivered(Delivery(self, None, touched, resolutions, False))
+            was = dict(known[1].withheld())
+            told = [each for each in hiding.withheld() if each[0] not in was]
+            self.on_delivered(Delivery(self, None, touched, resolutions, False, told))
         return touched
 
     def _resolved_since(
@@ -801,6 +1190,16 @@ class Document:
                     rule = conflict.rule if same(each.value, conflict.value) else "write"
                     who = (each.agent, each.dot, each.stamp)
                     yield Resolution(conflict, each.value, False, rule, *who)
+
+    def _load_witnessed(self, snapshot: Snapshot, state: bytes, version: Version) -> list[str]:
+        if self.witness is None:
+            return self._load(state, version)
+        id = hashlib.blake2b(snapshot.state, digest_size=ID_BYTES).digest()
+        self.witness.begin(id, self.name, 0, 0)
+        try:
+            return self._load(state, version)
+        finally:
+            self.witness.end(id)
 
     def _load(self, state: bytes, version: Version) -> list[str]:
         before = self.lanes.containers
@@ -875,6 +1274,20 @@ def _differing(before: Mapping[str, Any], lanes: Lanes) -> Iterator[str]:
         for key in old.keys() | new.keys():
             if old.get(key) != new.get(key):
                 yield name + SEPARATOR + key
+
+
+def read_told(snapshot: Snapshot) -> tuple[Rules, Hiding]:
+    """Read what a snapshot says of rules and refused changes. Raises InvalidUpdate."""
+    told, size = snapshot.told, len(snapshot.state)
+    if not told:
+        return Rules(), Hiding()
+    if len(told) > TOLD_BYTES_MIN + size:
+        raise InvalidUpdate("a snapshot says more of its rules than of its content")
+    try:
+        rules, hiding = msgpack.unpackb(told, use_list=False, max_map_len=0, max_ext_len=0)
+    except Exception as exc:
+        raise InvalidUpdate(f"a snapshot's rules cannot be read: {exc}") from exc
+    return Rules.from_flat(rules), Hiding.from_flat(hiding, size // SLOT_BYTES_MIN)
 
 
 def check_name(name: object, what: str) -> str:

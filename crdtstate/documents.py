@@ -8,16 +8,19 @@ network or clock but the ones it is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from crdtstate.change import Change, Origin, Snapshot, decode_change
+from crdtstate import quarantine
+from crdtstate.change import CHECKSUM, Change, Origin, Prover, Snapshot, decode_change
 from crdtstate.clock import Cut, Dot, HybridClock, Stamp, Version
 from crdtstate.conflict import Conflict
 from crdtstate.crdts import Counter, Map, Register, Set
-from crdtstate.document import Delivery, Document
+from crdtstate.document import Delivery, Document, Witness
 from crdtstate.errors import InvalidUpdate, UnsupportedValue, UsageError
+from crdtstate.hiding import Ceiling
+from crdtstate.quarantine import QUARANTINE, Quarantined
 from crdtstate.votes import Polls
 
 MAIN = "main"
@@ -27,6 +30,8 @@ DOCUMENTS_MAX = 100_000
 """Documents of one replica; a peer cannot make it hold more."""
 
 ORIGIN_CHARS_MAX = 1000
+
+WALL_MS_MAX = 2**47
 
 SYSTEM = "@"
 """The names of documents that are the system's begin so."""
@@ -52,6 +57,13 @@ class DocumentSet:
         # Sealed changes that nobody has taken yet, with the paths they wrote.
         self._sealed: list[tuple[Change, list[str]]] = []
         self._transaction: Origin | None = None
+        # What proves the changes of a writer, where that is asked for.
+        self.prover_of: Callable[[int], Prover | None] = lambda writer: None
+        # Documents of which changes were loaded with other proofs than these: from another mesh.
+        self.scheme = CHECKSUM
+        self.foreign: set[str] = set()
+        # Told of all that pycrdt is given.
+        self.witness: Witness | None = None
         self.polls = Polls(self)
 
     # Reading and writing
@@ -118,6 +130,34 @@ class DocumentSet:
             if not name.startswith(SYSTEM)
         )
 
+    def quarantined(self, document: str | None = None) -> list[Quarantined]:
+        """The changes of others that all replicas have and hide, because the rules of their
+        documents refuse them (see `Document.use_validator`, `Document.limit`), of all documents or
+        of one, each document's oldest first. Those that their writers have since written over are
+        gone."""
+        names = self.documents() if document is None else [document]
+        found = (self._documents[name] for name in names if name in self._documents)
+        return [item for each in found for item in quarantine.withheld(each)]
+
+    def release(self, item: Quarantined, *, message: str = "") -> None:
+        """Let a change that is quarantined count after all, on all replicas. It then reads as if
+        it had never been refused: what was written over it since stays over it.
+
+        Args:
+            message: Why, for people; it goes into the audits.
+
+        Raises:
+            UsageError: It is not quarantined any more; nothing changed.
+        """
+        self._check_usable()
+        if not isinstance(item, Quarantined):
+            raise UsageError(f"give what quarantined() gave, not {item!r}")
+        if item.dot not in {found.dot for found in self.quarantined(item.document)}:
+            raise UsageError(f"{item.document!r}: {item.dot} is not quarantined; see quarantined()")
+        book = self.system_document(QUARANTINE)
+        with self.transaction(message=message):
+            book.map(item.document)[quarantine.key_of(item.dot)] = [item.agent, item.reason]
+
     def version(self) -> Cut:
         """What this replica has taken in so far, its own writes included: a causal token.
 
@@ -138,7 +178,8 @@ class DocumentSet:
         """Make all writes inside one change (one for each document written to).
 
         Everybody sees all of a change or nothing. An exception inside undoes the writes and goes
-        on to the caller: nothing of it happened, here or elsewhere. A transaction inside another
+        on to the caller: nothing of it happened, here or elsewhere. So does `ChangeRefused` at the
+        end, if the rules of a document refuse what was written to it. A transaction inside another
         joins it. Never ``await`` inside: other tasks' writes would become part of it.
 
         Args:
@@ -162,6 +203,9 @@ class DocumentSet:
         self._transaction = Origin(self.agent, message, run)
         try:
             yield
+            for name, document in self._open.items():
+                if name not in marks:
+                    document.admit_open(self._transaction)
         except BaseException:
             for name, document in self._open.items():
                 document.rollback(marks.get(name))
@@ -189,10 +233,46 @@ class DocumentSet:
     def _add(self, name: str, shared: bool) -> Document:
         document = self._make(name, shared)
         document.polls, document.on_delivered = self.polls, self._delivered
+        document.is_grouped = lambda: self._transaction is not None
+        document.release(quarantine.released(self.find(QUARANTINE), name))
+        for writer, ceiling in self._ceilings(name).items():
+            document.hide(writer, ceiling)
         return document
+
+    def _ceilings(self, name: str) -> Mapping[int, Ceiling]:
+        """What is to be hidden of a document that is made now; a replica adds to it."""
+        return {}
+
+    def _shown(self, document: Document, paths: list[str], agent: str) -> None:
+        """What is hidden of a document changed, so *paths* read differently, by a change of
+        *agent* elsewhere; a replica tells observers."""
+
+    def hide(self, name: str, writer: int, ceiling: Ceiling | None) -> None:
+        """Hide all changes of *writer* in a document above a seq, or show them again; see
+        `Document.hide`."""
+        document = self.find(name)
+        if document is None:
+            return
+        paths = document.hide(writer, ceiling)
+        if paths:
+            self._shown(document, paths, "")
+        if name == QUARANTINE:
+            self._review_releases((about for about, _ in quarantine.heard(paths)), "")
+
+    def _review_releases(self, names: Iterable[str], agent: str) -> None:
+        book = self.find(QUARANTINE)
+        for name in sorted(frozenset(names)):
+            document = self.find(name)
+            if document is not None:
+                paths = document.release(quarantine.released(book, name))
+                if paths:
+                    self._shown(document, paths, agent)
 
     def _delivered(self, delivery: Delivery) -> None:
         """Something was taken in; a replica adds to it."""
+        if delivery.document.name == QUARANTINE:
+            agent = delivery.change.origin.agent if delivery.change is not None else ""
+            self._review_releases((name for name, _ in quarantine.heard(delivery.paths)), agent)
         if delivery.local and not delivery.document.name.startswith(SYSTEM):
             for resolution in delivery.resolutions:
                 self.polls.remove(resolution.conflict)
@@ -209,6 +289,8 @@ class DocumentSet:
             on_write=self._on_write,
             shared=shared,
         )
+        document.prover = self.prover_of(self._writer)
+        document.witness = self.witness
         self._documents[name] = document
         return document
 
@@ -305,6 +387,8 @@ class DocumentSet:
     def load_change(self, name: str, data: bytes, only: Document | None = None) -> None:
         """Take in a stored change, if it is not contained yet; raises what `load_snapshot` does."""
         change = decode_change(data)
+        if change.scheme != self.scheme:
+            self.foreign.add(name)
         document = only or self.find_or_make(name, change.shared)
         if not document.version.covers(change.dot):
             if not document.is_ready(change):
@@ -319,8 +403,13 @@ class DocumentSet:
         self._sealed = [sealed for sealed in self._sealed if sealed[0].document != document.name]
         old = document.writer
         own = document.reset(writer)
+        document.prover = self.prover_of(writer)
         load(document)
         document.rewrite(own, old)
+        self._reloaded(document)
+
+    def _reloaded(self, document: Document) -> None:
+        """A document was loaded anew; a replica adds to it."""
 
     def start_over(self, writer: int) -> None:
         """Forget all documents, to be loaded anew and written by *writer*. Only while nobody has
@@ -346,6 +435,13 @@ class DocumentSet:
     def observe(self, stamp: int) -> bool:
         """Let the clock follow a remote *stamp*; False if it is too far ahead to be believed."""
         return self._clock.observe(stamp, self._wall())
+
+    def resume_clock(self, document: Document) -> None:
+        """Let the clock go on from a document that was loaded: from what others said only as far
+        as they would be believed now, from what this writer said in any case."""
+        if not self.observe(document.stamp):
+            own = document.own_slots(self._writer).values()
+            self._clock.observe(max((slot.stamp for slot in own), default=0), WALL_MS_MAX)
 
     def next_stamp(self) -> Stamp:
         """A stamp above those of all that was written here or taken in."""

@@ -5,6 +5,8 @@ Every error crdtstate raises, named for the situation, and the state it leaves b
     ├── UsageError              the caller's mistake; nothing changed
     │   ├── UnsupportedValue    a value, key or name that cannot be shared
     │   ├── UnknownStrategy     a conflict names a strategy this process has not registered
+    │   ├── UnknownValidator    a document uses a validator this process has not registered
+    │   ├── ChangeRefused       the rules of the document refuse what was written
     │   ├── UnknownCheckpoint   there is none with this id, or it was not kept
     │   ├── CommandError        a command that cannot be issued, or that nobody knows
     │   ├── NotAllowed          the certificate does not grant it
@@ -67,6 +69,38 @@ class UnknownStrategy(UsageError):
             f"Register it with @crdtstate.strategy({name!r}) before reading."
         )
         self.name = name
+
+
+class UnknownValidator(UsageError):
+    """A document uses a validator that nobody registered in this process, so it cannot be told
+    here which changes it admits. Nothing changed; changes of others wait.
+
+    Attributes:
+        name: The validator,
+        document: and which document uses it.
+    """
+
+    def __init__(self, name: str, document: str, known: list[str]) -> None:
+        super().__init__(
+            f"{document!r} uses the validator {name!r}, which is unknown here; known are: "
+            f"{', '.join(known) or 'none'}. Register it with @crdtstate.validator({name!r}) "
+            "before the replica is opened"
+        )
+        self.name, self.document = name, document
+
+
+class ChangeRefused(UsageError):
+    """The rules of the document refuse what was written: a validator, or its quota. Nothing of it
+    was written; inside a transaction, nothing of that.
+
+    Attributes:
+        document: The document.
+        reason: Why, beginning with the validator's name, or ``"quota"``.
+    """
+
+    def __init__(self, document: str, reason: str) -> None:
+        super().__init__(f"{document!r} does not admit this: {reason}")
+        self.document, self.reason = document, reason
 
 
 class ReplicaClosed(UsageError):
@@ -197,10 +231,10 @@ class NotAllowed(UsageError):
     def __init__(self, agent: str, role: str, document: str) -> None:
         names = {"r": "read", "w": "write", "s": "hand out snapshots of", "f": "forward"}
         what = "control the mesh" if role == "c" else f"{names[role]} {document!r}"
-        grant = "'*:c'" if role == "c" else f"'{document}:{role}'"
+        how = "--controller" if role == "c" else f"'{document}:{role}' among its --roles"
         super().__init__(
             f"{agent!r} may not {what}: its certificate does not grant it. Whoever keeps the root "
-            f"key can renew it with --roles {grant}"
+            f"key can renew it with {how}"
         )
         self.agent, self.role, self.document = agent, role, document
 

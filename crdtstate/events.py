@@ -234,6 +234,61 @@ class DivergenceDetected(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class ChangeQuarantined(Event):
+    """A change of another does not count. The documents read as they would without it. See
+    `Replica.quarantined`.
+
+    Either the rules of its document refuse it: then all replicas have it and hide it, alike. Or it
+    is not taken in here, because pycrdt does not survive it; what builds on it waits.
+
+    Attributes:
+        agent: Whose change it is; empty if that is not known.
+        reason: Why it is refused, or what happened when it was tried.
+        paths: The places where it would be read, such as ``plan['goal']``; of what is not taken in
+            they are not known.
+        is_hidden: Whether it is here, and hidden, on all replicas.
+    """
+
+    document: str
+    writer: int
+    seq: int
+    agent: str
+    reason: str
+    paths: tuple[str, ...] = ()
+    is_hidden: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeReleased(Event):
+    """A change that the rules of its document refuse counts after all, on all replicas: somebody
+    has released it. See `Replica.release`.
+
+    Attributes:
+        by: Who released it; empty if that came with a snapshot.
+    """
+
+    document: str
+    writer: int
+    seq: int
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
+class ValidatorMissing(Event):
+    """A document uses a validator that is not registered in this process, so its changes wait here:
+    it cannot be told which of them it admits.
+
+    Attributes:
+        validator: The name of the validator.
+        reason: What to do.
+    """
+
+    document: str
+    validator: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class SnapshotReceived(Event):
     """A document was brought up to date by a snapshot instead of single changes."""
 
@@ -388,6 +443,37 @@ class SharedState(Event):
     name: str
     version: Cut
     value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Equivocation(Event):
+    """A writer has gone on in two ways: its agent lies, or its store was copied or restored.
+
+    Where changes are signed this is proven to everybody, and all that the writer wrote in that
+    document is hidden.
+
+    Attributes:
+        seq: Its change that does not fit; 0 if others have found it.
+    """
+
+    agent: str
+    document: str
+    writer: int
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRevoked(Event):
+    """A key is a member of the mesh no more.
+
+    Attributes:
+        key: The public key.
+        reason: Why, in the words of who revoked it.
+    """
+
+    agent: str
+    key: bytes
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ class Haves:
         ledger: Knows what is committed.
         config: Settings.
         push: Lets an encoded frame wait for a peer.
+        ids: Tells the ids of changes, as `wire.Have` does, of a document at a version.
     """
 
     def __init__(
@@ -37,11 +38,13 @@ class Haves:
         ledger: Ledger,
         config: Config,
         push: Callable[[Link, bytes, Lane], None],
+        ids: Callable[[str, Version], bytes],
     ) -> None:
         self._links = links
         self._ledger = ledger
         self._config = config
         self._push = push
+        self._ids = ids
         # When to call `flush`; None while there is nothing to tell.
         self.flush_at: float | None = None
 
@@ -79,7 +82,8 @@ class Haves:
                 if frame is None:
                     committed = self._ledger.pages[name].committed
                     moved = Version({writer: committed[writer] for writer in sorted(writers)})
-                    frame = encoded[key] = wire.encode_frame(wire.Have(name, moved, False))
+                    have = wire.Have(name, moved, False, self._ids(name, moved))
+                    frame = encoded[key] = wire.encode_frame(have)
                 self._push(link, frame, Lane.LIVE)
 
     # Everything
@@ -89,7 +93,8 @@ class Haves:
         for name in sorted(self._ledger.pages):
             if link.takes(name):
                 link.dirty.pop(name, None)
-                frame = wire.Have(name, self._ledger.committed(name), True)
+                committed = self._ledger.committed(name)
+                frame = wire.Have(name, committed, True, self._ids(name, committed))
                 self._push(link, wire.encode_frame(frame), Lane.LIVE)
 
     def compare(

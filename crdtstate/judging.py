@@ -28,7 +28,7 @@ somebody tries again).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Literal, NamedTuple
 
 from crdtstate.board import Board
@@ -52,16 +52,23 @@ class Judge:
         board: Where they stand.
         agent: Whose.
         role: ``"agent"`` or ``"relay"``.
-        controllers: Who may command; None: everybody.
+        controllers: Who may command; None: everybody,
+        is_controller: of those whose certificates say so.
     """
 
     def __init__(
-        self, board: Board, agent: str, role: str, controllers: Collection[str] | None
+        self,
+        board: Board,
+        agent: str,
+        role: str,
+        controllers: Collection[str] | None,
+        is_controller: Callable[[str], bool] = lambda agent: True,
     ) -> None:
         self._board = board
         self._agent = agent
         self._role = role
         self._controllers = controllers
+        self._is_controller = is_controller
         # Exclusive commands that were accepted here, and may not be over.
         self._accepted: set[str] = set()
         self._is_fresh = False
@@ -90,7 +97,9 @@ class Judge:
         return Step("run")
 
     def _is_stranger(self, agent: str) -> bool:
-        return self._controllers is not None and agent not in self._controllers
+        if self._controllers is not None and agent not in self._controllers:
+            return True
+        return not self._is_controller(agent)
 
     def _judge_exclusive(self, command: Command, own: Answer | None, now_ms: int) -> Step:
         if command.state == "going":

@@ -1,42 +1,58 @@
 """
-Keys: what an agent signs with, and whose keys it knows.
+Keys: what an agent signs with, whose keys it knows, and files that only their owner may read.
 
-Each agent has an Ed25519 key (RFC 8032, through libsodium, which refuses weak keys). An agent with
-a store keeps it in the file ``<store>.keys`` beside it, which only its owner may read, made when it
-is first needed; one without has a new key in each session. The key of another agent is *pinned*
-when it is first seen, as ssh does with hosts: if the agent shows another one later, that is not
-believed, unless the one before was for its session only.
-
-What is signed is a hash under a *purpose*, such as ``share/1``, so that a signature for one thing
-is never one for another. As text, keys are ``crdtpub1...`` and ``crdtsec1...``: the bytes and four
-of their hash, in base32.
+A member of a mesh signs with the key of its certificate. Any other agent has a key of its own: with
+a store it is kept in the file ``<store>.keys`` beside it, made when it is first needed; without
+one it is new in each session. The key of another agent is *pinned* when it is first seen, as ssh
+does with hosts: if the agent shows another one later, that is not believed, unless the one before
+was for its session only, or the new one stands in a certificate of the mesh.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
+import errno
 import json
 import os
 import secrets
+import shlex
 import stat
 from pathlib import Path
 from typing import Any, Literal
 
-from nacl.exceptions import CryptoError
-from nacl.signing import SigningKey, VerifyKey
+from nacl.signing import SigningKey
 
 from crdtstate.errors import CorruptStore, StoreError
+from crdtstate.signing import (
+    KEY_BYTES,
+    PUBLIC,
+    SECRET,
+    SIGNATURE_BYTES,
+    digest,
+    from_text,
+    show,
+    to_text,
+    verify,
+)
 
-KEY_BYTES = 32
-SIGNATURE_BYTES = 64
+__all__ = [
+    "KEY_BYTES",
+    "SIGNATURE_BYTES",
+    "Keyring",
+    "create_private",
+    "digest",
+    "from_text",
+    "read_bounded",
+    "read_private",
+    "show",
+    "to_text",
+    "verify",
+    "write_private",
+]
 
 PINS_MAX = 10_000
 """Agents whose keys are remembered; those first seen go first."""
 
 FILE_BYTES_MAX = 4 * 2**20
-
-_PUBLIC, _SECRET = "crdtpub1", "crdtsec1"
 
 
 class Keyring:
@@ -44,23 +60,33 @@ class Keyring:
 
     Args:
         path: The file; None: memory only.
+        key: The secret key, if it is another's to keep: that of a member's certificate. Without,
+            the file has one.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, key: bytes | None = None) -> None:
         self._path = path
+        self._given = None if key is None else SigningKey(key)
         self._key: SigningKey | None = None
+        # The key that the file has, as text: it stays there while another is given.
+        self._kept: str | None = None
         # Agent -> its key, and whether it is kept beyond a session.
         self._pinned: dict[str, tuple[bytes, bool]] = {}
 
     @property
     def lasts(self) -> bool:
         """Whether the key is kept beyond this session."""
-        return self._path is not None
+        return self._path is not None or self._given is not None
 
     @property
     def public(self) -> bytes:
         """The public key. Raises what `sign` does."""
         return bytes(self._open().verify_key)
+
+    @property
+    def seed(self) -> bytes:
+        """The secret key. Raises what `sign` does."""
+        return bytes(self._open())
 
     def sign(self, purpose: str, message: bytes) -> bytes:
         """Sign *message* for a purpose.
@@ -87,6 +113,15 @@ class Keyring:
         self._save()
         return "new" if known is None else "replaced"
 
+    def certify(self, agent: str, key: bytes) -> Literal["known", "new", "replaced"]:
+        """Remember the *key* that a checked certificate gives an agent, whatever was known.
+        Raises what `sign` does."""
+        if (before := self.pinned(agent)) == key and self._pinned[agent][1]:
+            return "known"
+        self._pinned.pop(agent, None)
+        self.pin(agent, key, lasts=True)
+        return "new" if before is None else "replaced"
+
     def pinned(self, agent: str) -> bytes | None:
         """The key that is known of an agent. Raises what `sign` does."""
         self._open()
@@ -103,25 +138,26 @@ class Keyring:
 
     def _open(self) -> SigningKey:
         if self._key is None:
-            if self._path is None or not self._path.exists():
-                self._key = SigningKey.generate()
-                self._save()
-            else:
+            if self._path is not None and self._path.exists():
                 self._key = self._load(self._path)
+            else:
+                self._key = self._given or SigningKey.generate()
+                if self._given is None:
+                    self._kept = to_text(bytes(self._key), SECRET)
+                    self._save()
         return self._key
 
     def _load(self, path: Path) -> SigningKey:
         try:
-            mode = path.stat().st_mode
-            if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-                raise StoreError(path, f"others may read this key; do: chmod 600 {path}")
-            found = json.loads(read_bounded(path, FILE_BYTES_MAX))
-            seed = from_text(found["ed25519"], _SECRET)
+            found = json.loads(read_private(path, FILE_BYTES_MAX, "key"))
+            if (kept := found["ed25519"]) is not None or self._given is None:
+                seed = from_text(kept, SECRET)
             self._pinned = {
-                str(agent): (from_text(text, _PUBLIC), lasts is True)
+                str(agent): (from_text(text, PUBLIC), lasts is True)
                 for agent, (text, lasts) in found["pinned"].items()
             }
-            return SigningKey(seed)
+            self._kept = kept
+            return self._given or SigningKey(seed)
         except OSError as exc:
             raise StoreError(path, f"the key cannot be read: {exc}") from exc
         except (ValueError, TypeError, LookupError, AttributeError) as exc:
@@ -134,50 +170,13 @@ class Keyring:
         content: dict[str, Any] = {
             "v": 1,
             "kind": "replica-key",
-            "ed25519": to_text(bytes(self._key), _SECRET),
-            "pinned": {a: [to_text(k, _PUBLIC), lasts] for a, (k, lasts) in self._pinned.items()},
+            "ed25519": self._kept,
+            "pinned": {a: [to_text(k, PUBLIC), lasts] for a, (k, lasts) in self._pinned.items()},
         }
         try:
             write_private(self._path, json.dumps(content).encode())
         except OSError as exc:
             raise StoreError(self._path, f"the key cannot be saved: {exc}") from exc
-
-
-def verify(purpose: str, message: bytes, signature: bytes, key: bytes) -> bool:
-    """Whether *signature* is that of *message* for a purpose by the owner of *key*."""
-    try:
-        VerifyKey(key).verify(digest(purpose, message), signature)
-    except (CryptoError, ValueError, TypeError):
-        return False
-    return True
-
-
-def digest(purpose: str, message: bytes) -> bytes:
-    """What is signed: the purpose in plain, and the hash of the message (BLAKE2b-256)."""
-    return f"crdtstate/{purpose}\0".encode() + hashlib.blake2b(message, digest_size=32).digest()
-
-
-def show(key: bytes) -> str:
-    """A public key as text."""
-    return to_text(key, _PUBLIC)
-
-
-def to_text(key: bytes, prefix: str) -> str:
-    """A key as text that says if it was copied wrongly."""
-    check = hashlib.blake2b(key).digest()[:4]
-    return prefix + base64.b32encode(key + check).decode().rstrip("=").lower()
-
-
-def from_text(text: object, prefix: str) -> bytes:
-    """Read what `to_text` wrote. Raises ValueError."""
-    if not isinstance(text, str) or not text.startswith(prefix):
-        raise ValueError(f"a key begins with {prefix}")
-    body = text.removeprefix(prefix).upper()
-    data = base64.b32decode(body + "=" * (-len(body) % 8))
-    key, check = data[:KEY_BYTES], data[KEY_BYTES:]
-    if len(key) != KEY_BYTES or check != hashlib.blake2b(key).digest()[:4]:
-        raise ValueError("a key is not as it was written")
-    return key
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -208,3 +207,63 @@ def read_bounded(path: Path, size_max: int) -> bytes:
     if len(data) > size_max:
         raise ValueError(f"larger than {size_max} bytes")
     return data
+
+
+def create_private(path: Path, data: bytes) -> bool:
+    """Make a file that only its owner may read, whole or not at all; return whether there was none
+    before. Of several processes that try at once, one does. Raises OSError."""
+    made = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
+    write_private(made, data)
+    try:
+        os.link(made, path)
+    except FileExistsError:
+        return False
+    finally:
+        made.unlink()
+    return True
+
+
+def read_private(path: Path, size_max: int, what: str, *, follow: bool = True) -> bytes:
+    """Read a file that is secret.
+
+    Args:
+        path: The file.
+        size_max: How many bytes it has at most.
+        what: What is in it, for errors, such as "key".
+        follow: Whether a symbolic link is followed.
+
+    Raises:
+        StoreError: Others may read it, or it is another user's, or no file. Says what to do.
+        OSError: It cannot be read.
+        ValueError: It is larger.
+    """
+    # Not blocking: it may be a pipe that nobody writes to.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+    if not follow:
+        flags |= getattr(os, "O_NOFOLLOW", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as exc:
+        if exc.errno == errno.ELOOP:
+            raise StoreError(path, "is a symbolic link, which is not followed; remove it") from exc
+        raise
+    try:
+        _check_private(path, os.fstat(descriptor), what)
+        with open(descriptor, "rb", closefd=False) as file:
+            data = file.read(size_max + 1)
+    finally:
+        os.close(descriptor)
+    if len(data) > size_max:
+        raise ValueError(f"larger than {size_max} bytes")
+    return data
+
+
+def _check_private(path: Path, found: os.stat_result, what: str) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise StoreError(path, f"a {what} is kept in a file, and this is none")
+    if os.name == "posix":
+        if found.st_uid not in (os.geteuid(), 0):
+            raise StoreError(path, f"this {what} belongs to another user (uid {found.st_uid})")
+        if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            command = f"chmod 600 {shlex.quote(str(path))}"
+            raise StoreError(path, f"others may read this {what}; do: {command}")

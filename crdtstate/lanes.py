@@ -25,6 +25,12 @@ L5  Changes are delivered in causal order; L2 to L4 are only sound under it.
 L6  A closed writer's lane is adopted by a successor, once all its changes are delivered: it
     drops there what is settled, as the owner would. What is live stays where it is, under its
     own dot, so adopting twice, or while somebody overwrites it, is harmless.
+L7  What is hidden (`hiding`) lies in the Doc as ever. In the index a *stand-in* is in its place,
+    with its seq and stamp, but without value and covers; the slot itself is kept beside the index.
+    Who reads sees the stand-in. Whatever concerns the lane asks for the slot itself: what its
+    owner writes, cleans and drops, what a foreign change is checked against. A slot that only
+    hidden ones cover is not settled (L3); a hidden one is, once a visible one covers it. A write
+    covers what is hidden like all else.
 
 Reads never touch Rust: this module keeps a Python index of all cells beside the Doc. Local writes
 know their slots, and those of a remote change come out of the check it must pass before pycrdt
@@ -42,13 +48,16 @@ from pycrdt import Map as YMap
 from crdtstate import guard
 from crdtstate.clock import Version
 from crdtstate.errors import InvalidUpdate
+from crdtstate.hiding import Hiding
 from crdtstate.lane import Lane, Segment, group_key, segment_key
 from crdtstate.loading import read_state
+from crdtstate.rules import Use
 from crdtstate.slots import (
     SEPARATOR,
     Cell,
     Container,
     Slot,
+    candidates,
     check_content,
     check_contents,
     is_settled,
@@ -96,18 +105,30 @@ class Plan(NamedTuple):
     clock: int
     """The clock of the writer's next item, afterwards."""
 
+    def written(self, seq: int) -> dict[str, Slot]:
+        """What change *seq* says anew, by path. It follows from the change alone."""
+        return {path: slot for _, _, path, slot in self.puts if slot.seq == seq}
+
 
 class Lanes:
     """The lanes of one document, over one pycrdt Doc, with the index of all cells.
 
     Args:
         writer: The writer of this replica: the only lane written here.
+        hiding: What is hidden.
     """
 
-    def __init__(self, writer: int) -> None:
+    def __init__(self, writer: int, hiding: Hiding | None = None) -> None:
         self.writer = writer
         # "kind" + "name" -> its cells.
         self.containers: dict[str, Container] = {}
+        self._hiding = hiding or Hiding()
+        # (writer, path) -> the slot for which the index has a stand-in (L7).
+        self.hidden: dict[tuple[int, str], Slot] = {}
+        # Writer -> how much is in its lane, once that was asked for.
+        self._uses: dict[int, Use] = {}
+        # Nothing is hidden or measured: the index is just what was written. See `watch`.
+        self.is_plain = not self._hiding
         # Writer -> where its items lie.
         self.lanes: dict[int, Lane] = {}
         # Writers whose settled slots are dropped here: the own one and the adopted (L6).
@@ -163,8 +184,127 @@ class Lanes:
         return found
 
     def own_slot(self, path: str) -> Slot | None:
+        if self.hidden:
+            return self.slot(self.writer, path)
         container, _, key = path.partition(SEPARATOR)
         return self.container(container).cells.get(key, {}).get(self.writer)
+
+    def slot(self, writer: int, path: str) -> Slot | None:
+        """What a lane says at *path*, hidden or not."""
+        if self.hidden and (found := self.hidden.get((writer, path))) is not None:
+            return found
+        return self.cell(path).get(writer)
+
+    def cell(self, path: str) -> Cell:
+        """The slots at *path*, as they can be seen."""
+        container, _, key = path.partition(SEPARATOR)
+        found = self.containers.get(container)
+        return found.cells.get(key, {}) if found is not None else {}
+
+    def _whole_cell(self, path: str) -> Cell:
+        """The slots at *path*, the hidden ones too."""
+        cell = self.cell(path)
+        if not self.hidden:
+            return cell
+        return {writer: self.hidden.get((writer, path), slot) for writer, slot in cell.items()}
+
+    def slots(self, writer: int) -> dict[str, Slot]:
+        """What a lane says, by path, hidden or not. Goes through the whole index."""
+        found = {
+            name + SEPARATOR + key: cell[writer]
+            for name, container in self.containers.items()
+            for key, cell in container.cells.items()
+            if writer in cell
+        }
+        for (whose, path), slot in self.hidden.items():
+            if whose == writer:
+                found[path] = slot
+        return found
+
+    def use(self, writer: int) -> Use:
+        """How much is in the lane of *writer*, hidden or not; the own one with open writes."""
+        use = self._uses.get(writer)
+        if use is None:
+            use = Use()
+            for path, slot in self.slots(writer).items():
+                use = use.plus(path, slot)
+            self._uses[writer] = use
+            self.is_plain = False
+        return use
+
+    # Hiding
+
+    @property
+    def hiding(self) -> Hiding:
+        """What is hidden. Who alters it calls `watch`, and `review` for what is here already."""
+        return self._hiding
+
+    @hiding.setter
+    def hiding(self, hiding: Hiding) -> None:
+        self._hiding = hiding
+        self.watch()
+
+    def watch(self) -> None:
+        """What is to be hidden has changed."""
+        self.is_plain = not (self.hidden or self._uses or self.hiding)
+
+    def review(self, writer: int, paths: Collection[str] | None = None) -> list[str]:
+        """What is hidden of a writer's lane, or only at *paths*, is told anew by `hiding`. Returns
+        the paths that changed."""
+        lane = self.lanes.get(writer)
+        changed = []
+        self.is_plain = False
+        if paths is None:
+            paths = list(lane.places) if lane is not None else list(self.slots(writer))
+        for path in paths:
+            slot = self.slot(writer, path)
+            if slot is not None:
+                before = self._seen(path)
+                self._update(path, writer, slot)
+                if self._seen(path) != before:
+                    changed.append(path)
+        self.watch()
+        # What it covers can be settled now, or is not any more.
+        self.look_at(changed)
+        return changed
+
+    def _seen(self, path: str) -> object:
+        """What can be seen at *path*, to be compared."""
+        cell = self.cell(path)
+        return dict(cell) if path[0] == "c" else candidates(cell)
+
+    def _veil(self, writer: int, path: str, slot: Slot | None) -> Slot | None:
+        """What the index is to have where a lane says *slot* now."""
+        use = self._uses.get(writer)
+        if use is not None:
+            use = use.plus(path, self.slot(writer, path), -1)
+            self._uses[writer] = use.plus(path, slot)
+        self.hidden.pop((writer, path), None)
+        if slot is None:
+            return None
+        shown = self.hiding.stand_in(writer, path, slot)
+        if shown is not slot:
+            self.hidden[writer, path] = slot
+        return shown
+
+    def _veil_all(self) -> None:
+        """Hide in an index that was just loaded."""
+        self.hidden.clear()
+        self._uses.clear()
+        hiding = self.hiding
+        self.watch()
+        if not hiding:
+            return
+        for writer in list(hiding.refused):
+            # A snapshot tells which changes are refused, not where they stand.
+            lane = self.lanes.get(writer)
+            slots = {path: self.slot(writer, path) for path in (lane.places if lane else ())}
+            hiding.stand(writer, {path: slot.seq for path, slot in slots.items() if slot})
+        for writer in list(self.lanes):
+            if writer in hiding.ceilings:
+                self.review(writer)
+            else:
+                self.review(writer, hiding.places(writer))
 
     # Writing
 
@@ -174,6 +314,8 @@ class Lanes:
 
     def _update(self, path: str, writer: int, slot: Slot | None) -> None:
         container, _, key = path.partition(SEPARATOR)
+        if not self.is_plain:
+            slot = self._veil(writer, path, slot)
         self.container(container).update(key, writer, slot)
 
     def adopt(self, writer: int) -> None:
@@ -201,15 +343,19 @@ class Lanes:
                 places = lane.places
                 self.settled.update(((writer, path), None) for path in paths if path in places)
 
-    def settle(self, limit: int, busy: Collection[str]) -> list[tuple[int, str]]:
+    def settle(
+        self, limit: int, busy: Collection[str], *, adopts: bool = True
+    ) -> list[tuple[int, str]]:
         """Take up to *limit* settled slots out of the index, one of a path, and return where
-        they were, as (writer, path). Paths in *busy* wait."""
+        they were, as (writer, path). Paths in *busy* wait. Unless it *adopts*, only own ones."""
         drops: dict[str, int] = {}
         waiting: list[tuple[int, str]] = []
         writers: set[int] = set()
         while self.settled and len(drops) < limit:
             place, _ = self.settled.popitem()
             writer, path = place
+            if not adopts and writer != self.writer:
+                continue
             is_one_more = writer not in writers and len(writers) >= ADOPTED_PER_CHANGE
             if path in busy or path in drops or is_one_more:
                 waiting.append(place)
@@ -224,21 +370,26 @@ class Lanes:
         return [(writer, path) for path, writer in drops.items()]
 
     def _is_settled(self, writer: int, path: str, slot: Slot | None = None) -> bool:
-        """Whether a lane's slot is settled: the one in the index, or else *slot*."""
+        """Whether a lane's slot is settled: the one it has, or else *slot*."""
         container, _, key = path.partition(SEPARATOR)
         cells = self.container(container)
         cell = cells.cells.get(key, {})
+        if slot is None:
+            slot = self.hidden.get((writer, path))
         if slot is not None:
             cell = {**cell, writer: slot}
         return writer in cell and not cells.is_counter and is_settled(cell, writer)
 
     def _may_drop(self, writer: int, path: str, slot: Slot | None) -> bool:
         """Whether somebody else may drop this slot: it is settled, or a removal, which may cover
-        something here that moved in a change its adopter has not seen."""
-        container, _, key = path.partition(SEPARATOR)
-        slot = slot or self.container(container).cells.get(key, {}).get(writer)
-        is_removal = slot is not None and slot.value is None
-        return is_removal or self._is_settled(writer, path, slot)
+        something here that moved in a change its adopter has not seen. What covers it may be
+        hidden here, and was not there."""
+        cell = self._whole_cell(path)
+        if slot is not None:
+            cell = {**cell, writer: slot}
+        if writer not in cell or path[0] == "c":
+            return False
+        return cell[writer].value is None or is_settled(cell, writer)
 
     def write(
         self, slots: Mapping[str, Slot | None], drops: Collection[tuple[int, str]] = ()
@@ -423,6 +574,11 @@ class Lanes:
                     moved.add(path)
                 puts.append((clock, where, path, slot))
             clock += 1
+        if closes and not {*(where for _, where, _, _ in puts), *opened.values()}.isdisjoint(
+            closes
+        ):
+            # yrs would delete it at once, and the index would have it.
+            raise InvalidUpdate("writes into a segment or group that it deletes (L4)")
         drops = [(owner, path) for owner, path in dead if owner != writer or path not in seen]
         for owner, path in drops:
             # A successor may tidy up in another's lane, and nothing else (L6).
@@ -434,9 +590,7 @@ class Lanes:
     def _check_slot(self, path: str, slot: Slot, writer: int, seq: int, version: Version) -> bool:
         """Check one slot; return whether it only moved."""
         if slot.seq != seq:
-            container, _, key = path.partition(SEPARATOR)
-            cells = self.containers.get(container)
-            here = cells.cells.get(key, {}).get(writer) if cells else None
+            here = self.slot(writer, path)
             if here == slot:
                 return True
             # Missing, it may be one that an adopter dropped before this change turned up (L6).
@@ -511,6 +665,7 @@ class Lanes:
         for clock, group in plan.segments:
             lane.open(clock, lane.groups[group])
         touched: list[str] = []
+        hides = not self.is_plain
         for owner, path in plan.drops:
             self.lane(owner).leave(path)
             self._update(path, owner, None)
@@ -518,8 +673,10 @@ class Lanes:
         for clock, where, path, slot in plan.puts:
             lane.place(lane.segments[where], path, clock)
             if path not in plan.moved:
+                before = self._seen(path) if hides else None
                 self._update(path, plan.writer, slot)
-                touched.append(path)
+                if not hides or self._seen(path) != before:
+                    touched.append(path)
         for clock in plan.closes:
             if clock in lane.segments:
                 self._close(lane, lane.segments[clock])
@@ -567,6 +724,7 @@ class Lanes:
         self._replace(doc)
         self.lanes, self.containers = lanes, containers
         self.settled = {}
+        self._veil_all()
         for writer in self.tended:
             self._look_over(writer)
 
@@ -580,12 +738,15 @@ class Lanes:
         return joined
 
     def canonical(self) -> dict[str, Cell]:
-        """Every path with its slots: equal on replicas of equal version."""
-        return {
+        """Every path with its slots, hidden or not: equal on replicas of equal version."""
+        found = {
             name + SEPARATOR + key: dict(cell)
             for name, container in sorted(self.containers.items())
             for key, cell in sorted(container.cells.items())
         }
+        for (writer, path), slot in self.hidden.items():
+            found[path][writer] = slot
+        return found
 
 
 def _room(lane: Lane) -> int:

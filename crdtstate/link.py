@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from crdtstate import wire
+from crdtstate.certificates import FORWARD, SNAPSHOT, Certificate
 from crdtstate.clock import Version
 from crdtstate.outbox import Outbox
 
@@ -30,7 +31,8 @@ class Rival(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Link:
-    """One connection of this replica. *peer* is its number, *url* what was dialled."""
+    """One connection of this replica. *peer* is its number, *url* what was dialled, *certificate*
+    what the other side has proved to have."""
 
     peer: int
     url: str | None
@@ -64,6 +66,11 @@ class Link:
     told: tuple[int, int, int, int] | None = None
     strikes: int = 0
     outbox: Outbox = field(default_factory=Outbox)
+    certificate: Certificate | None = None
+    # (document, writer) of whom it has another change than is here, and was asked for it.
+    forks: set[tuple[str, int]] = field(default_factory=set)
+    # Document -> whether the certificate lets the other side have it.
+    allowed: dict[str, bool] = field(default_factory=dict)
 
     @property
     def dialled(self) -> bool:
@@ -89,8 +96,19 @@ class Link:
         return self.hello is not None and self.hello.address is None
 
     def takes(self, document: str) -> bool:
-        """Whether the other side takes part in a document."""
-        return self.hello is None or takes(self.hello.documents, document)
+        """Whether the other side takes part in a document, and may."""
+        if self.hello is not None and not takes(self.hello.documents, document):
+            return False
+        if self.certificate is None:
+            return True
+        found = self.allowed.get(document)
+        if found is None:
+            found = self.allowed[document] = self.certificate.allows(FORWARD, document)
+        return found
+
+    def may_hand(self, document: str) -> bool:
+        """Whether the other side is believed when it hands over a snapshot of a document."""
+        return self.certificate is None or self.certificate.allows(SNAPSHOT, document)
 
     @property
     def is_visitor(self) -> bool:

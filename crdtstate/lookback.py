@@ -30,6 +30,7 @@ from crdtstate.errors import (
     UnknownCheckpoint,
     UsageError,
 )
+from crdtstate.hiding import Hiding
 from crdtstate.history import History, PastChange, Teller
 from crdtstate.manifest import LoadedDocument
 from crdtstate.past import (
@@ -132,14 +133,28 @@ class Lookback:
                 f"not {point!r}"
             )
         id = point if isinstance(point, str) else point.id
-        past = Past()
-        for document in await self._checkpoints.load(id):
-            if names is None or document.name in names:
+        past = Past(self._hiding)
+        for loaded in await self._checkpoints.load(id):
+            if names is None or loaded.name in names:
+                snapshot = await self._read_snapshot(id, loaded)
+                content = (loaded.name, loaded.shared, loaded.version, snapshot, loaded.changes)
                 try:
-                    await _aside(document.shared, partial(past.fill, *document))
+                    await _aside(loaded.shared, partial(past.fill, *content))
                 except InvalidUpdate as exc:
                     raise CorruptCheckpoint("checkpoint", id, str(exc)) from exc
+                document, authors = past.document(loaded.name), self._core.authors
+                # Also those who are named by its changes only.
+                document.agents.update(authors.unproven(document.agents, document.cards))
         return past
+
+    async def _read_snapshot(self, id: str, loaded: LoadedDocument) -> Snapshot:
+        """The snapshot in a document of a checkpoint, with the names of its writers as they are
+        proven. Raises CorruptCheckpoint."""
+        try:
+            snapshot = await asyncio.to_thread(Snapshot.decode, loaded.snapshot)
+            return self._core.authors.vouch(snapshot)
+        except InvalidUpdate as exc:
+            raise CorruptCheckpoint("checkpoint", id, str(exc)) from exc
 
     async def diff(
         self,
@@ -254,12 +269,16 @@ class Lookback:
             await asyncio.sleep(0)
         return changed
 
+    def _hiding(self, name: str) -> Hiding | None:
+        living = self._documents.find(name)
+        return None if living is None else living.hiding
+
     # Rebuilding
 
     async def _rebuild(self, cut: Cut, names: list[str] | None) -> Past:
         wanted = [name for name in cut if names is None or name in names]
         await self._reach(Cut({name: cut[name] for name in wanted}))
-        past, loaded = Past(), Loaded()
+        past, loaded = Past(self._hiding), Loaded()
         for name in wanted:
             await self._fill(past, name, cut[name], loaded)
         return past
@@ -387,10 +406,14 @@ class Lookback:
         async def fetch(id: str) -> Content:
             if id not in loaded:
                 loaded[id] = await self._checkpoints.load(id)
-            found = next(each for each in loaded[id] if each.name == name)
-            return found.snapshot, found.changes
+            found = next((each for each in loaded[id] if each.name == name), None)
+            if found is None:
+                raise CorruptCheckpoint("checkpoint", id, f"{name!r} is not to be believed")
+            return await self._read_snapshot(id, found), found.changes
 
-        saved = [each for each in self._checkpoints.saved() if name in each.version]
+        saved = [
+            each for each in self._checkpoints.saved() if each.is_proven and name in each.version
+        ]
         return self._bases(name) + [
             Base(each.version[name], None, partial(fetch, each.id)) for each in saved
         ]
@@ -464,13 +487,13 @@ class Lookback:
     def portions_now(self, reader: HistoryReader) -> Iterator[list[PastChange]]:
         """History from what is at hand."""
         bases = self._nearest(reader, self._bases(reader.name))
-        begun = self._begin_now(Past(), reader.name, bases[0]) if bases else None
+        begun = self._begin_now(Past(self._hiding), reader.name, bases[0]) if bases else None
         return self._portions(reader, begun)
 
     async def portions(self, reader: HistoryReader) -> Iterator[list[PastChange]]:
         """History from whatever is nearest."""
         bases = self._nearest(reader, self._all_bases(reader.name, {}))
-        begun = await self._start(Past(), reader.name, bases) if bases else None
+        begun = await self._start(Past(self._hiding), reader.name, bases) if bases else None
         return self._portions(reader, begun)
 
     def _portions(
@@ -507,7 +530,7 @@ class Lookback:
         if not usable:
             raise self._forgotten(name)
         before = [base for base in usable if dots.are_after(base.version)]
-        document = await self._start(Past(), name, before or usable[::-1])
+        document = await self._start(Past(self._hiding), name, before or usable[::-1])
         trace = RunTrace(document, dots)
         for changes in self._read(name, document.version.copy(), until):
             for change in changes:

@@ -8,8 +8,9 @@ its parent's parts again, so no chain of manifests has to be walked to read one,
 old checkpoint is a question of which parts are still named.
 
 A checkpoint's *id* is its stamp and the hash of its manifest's bytes: ids sort by time, and tell
-whether a manifest is what was written. Whatever is decoded here may come from anybody. It is
-bounded before anything is allocated for it, and checked against the name it was asked for by.
+whether a manifest is what was written. Whose it is, is told by the proof at its end, if there is
+one (`attestation`). Whatever is decoded here may come from anybody. It is bounded before anything
+is allocated for it, and checked against the name it was asked for by.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ LABEL_CHARS_MAX = 200
 MANIFEST_BYTES_MAX = 32 * 2**20
 VERSION_WRITERS_MAX = 200_000
 WALL_MS_MAX = 2**53
+PROOF_BYTES_MAX = 4096
+"""A signature and a certificate are less."""
 
 # When a document's chain of deltas has become so long that loading it would be slow, it is
 # renewed. The share is of the base's plain size, for the newest delta and for all together.
@@ -124,6 +127,7 @@ class Manifest:
         label: For people.
         parent: The checkpoint it was made as a difference to, if there was one.
         documents: What is in it, by name.
+        proof: Whose it is, for `attestation`; empty if nothing tells.
         names: The names of all of its parts.
     """
 
@@ -134,6 +138,7 @@ class Manifest:
     label: str
     parent: str | None
     documents: tuple[Entry, ...]
+    proof: bytes = b""
     names: frozenset[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -163,18 +168,26 @@ class Manifest:
         """The entry of a document."""
         return next((entry for entry in self.documents if entry.name == document), None)
 
-    def encode(self) -> bytes:
-        """Its bytes: the same for the same content.
-
-        Raises:
-            Damaged: It is larger than a manifest may be.
-        """
+    def body(self) -> bytes:
+        """What its proof is for: its bytes without one."""
         documents = [
             [e.name, e.shared, e.version.flat(), _pack_part(e.base), [*map(_pack_part, e.deltas)]]
             for e in self.documents
         ]
         head = [FORMAT, self.agent, self.writer, self.stamp, self.created_ms, self.label]
         data: bytes = msgpack.packb([*head, self.parent, documents], use_bin_type=True)
+        return data
+
+    def encode(self) -> bytes:
+        """Its bytes: the same for the same content.
+
+        Raises:
+            Damaged: It is larger than a manifest may be.
+        """
+        data = self.body()
+        if self.proof:
+            # The same array, one longer.
+            data = bytes([data[0] + 1]) + data[1:] + msgpack.packb(self.proof)
         if len(data) > MANIFEST_BYTES_MAX:
             raise Damaged(f"a manifest of {len(data)} bytes; {MANIFEST_BYTES_MAX} is the limit")
         return data
@@ -400,9 +413,12 @@ def changes_between(old: Mapping[int, int], new: Mapping[int, int]) -> tuple[Ran
 
 def _decode_manifest(data: bytes) -> Manifest:
     fields = _unpack(data, max(DOCUMENTS_MAX, 2 * VERSION_WRITERS_MAX))
-    if type(fields) is not list or len(fields) != 8 or fields[0] != FORMAT:
+    if type(fields) is not list or not 8 <= len(fields) <= 9 or fields[0] != FORMAT:
         raise Damaged("a manifest of an unknown format; a newer crdtstate may have written it")
-    _, agent, writer, stamp, created_ms, label, parent, documents = fields
+    _, agent, writer, stamp, created_ms, label, parent, documents = fields[:8]
+    proof = fields[8] if len(fields) == 9 else b""
+    if type(proof) is not bytes or len(proof) > PROOF_BYTES_MAX:
+        raise Damaged("a manifest's proof is malformed")
     _text(agent, 1, 100, "agent")
     _number(writer, 1, WRITER_MAX, "writer")
     _number(stamp, 0, STAMP_MAX, "stamp")
@@ -416,7 +432,7 @@ def _decode_manifest(data: bytes) -> Manifest:
     names = [entry.name for entry in entries]
     if names != sorted(set(names)):
         raise Damaged("a manifest's documents are not each there once, in order")
-    return Manifest(agent, writer, stamp, created_ms, label, parent, entries)
+    return Manifest(agent, writer, stamp, created_ms, label, parent, entries, proof)
 
 
 def _decode_entry(fields: object) -> Entry:

@@ -56,6 +56,7 @@ ORIGIN = "crdtstate"
 """Origin of transactions that are no edits of the user; an UndoManager leaves those alone."""
 
 SHARED = (Text, Array, YMap)
+_KINDS: dict[int, Any] = {TEXT: Text, ARRAY: Array, MAP: YMap}
 _T = TypeVar("_T", Text, Array[Any], YMap[Any])
 
 
@@ -232,12 +233,35 @@ class Native:
         their own, which nobody observes."""
         doc: Doc[Any] = Doc()
         doc.apply_update(self.state())
-        kinds = {TEXT: Text, ARRAY: Array, MAP: YMap}
         roots = {
-            name: doc.get(name, type=kinds[kind])
+            name: doc.get(name, type=_KINDS[kind])
             for name, kind in sorted(self._known.kinds().items())
         }
         return {name: root for name, root in roots.items() if len(root)}
+
+    def exercise(self) -> int:
+        """Do all that is ever done with what is here: read it, save it, load that, read and write
+        it there. Shows what pycrdt does not survive. Returns the size of the state."""
+        state = self.state()
+        doc: Doc[Any] = Doc()
+        doc.apply_update(state)
+        kinds = self._known.kinds()
+        for name, kind in kinds.items():
+            content(self._doc.get(name, type=_KINDS[kind]))
+            root = doc.get(name, type=_KINDS[kind])
+            content(root)
+            match root:
+                case Text():
+                    root.insert(len(root), "x")
+                    root.insert(0, "x")
+                case Array():
+                    root.append(0)
+                    root.insert(0, 0)
+                case YMap():
+                    for key in list(root.keys()):
+                        root[key] = 0
+        doc.get_update()
+        return len(state)
 
     # Replicating
 

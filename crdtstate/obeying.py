@@ -140,7 +140,9 @@ class Docket:
     def __init__(self, home: Replica) -> None:
         self._home = home
         self.board = Board(home)
-        self._judge = Judge(self.board, home.agent, home.role, home.config.controllers)
+        self._judge = Judge(
+            self.board, home.agent, home.role, home.config.controllers, home.is_controller
+        )
         self._served: dict[str, Served] = {
             verb: Served(_own(handler, home), True) for verb, handler in verbs.VERBS.items()
         }

@@ -26,9 +26,11 @@ from crdtstate.clock import Cut, HybridClock, Version
 from crdtstate.document import Document, EngineFailure
 from crdtstate.documents import DocumentSet
 from crdtstate.errors import InvalidUpdate, UsageError
+from crdtstate.hiding import Hiding
 from crdtstate.lanes import Lanes, Plan
 from crdtstate.loading import read_state
 from crdtstate.native import Array, Text, YMap, content, plain
+from crdtstate.rules import RULES
 from crdtstate.slots import SEPARATOR, Cell, candidates, totals
 from crdtstate.values import pack, unpack, unpack_key
 
@@ -77,10 +79,15 @@ class Past(DocumentSet):
 
     Writes raise UsageError. Documents that did not exist then read as empty ones. Any thread may
     read it. Use it in a ``with`` block, or `close` it, to give its memory back at once.
+
+    Args:
+        hiding: What is hidden of a document *now*, by its name: who was found out since is not to
+            be seen in the past either, and what was released since is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hiding: Callable[[str], Hiding | None] = lambda name: None) -> None:
         super().__init__("past", WRITER, lambda: 0)
+        self._hiding = hiding
         self._is_closed = False
 
     # Making
@@ -107,6 +114,8 @@ class Past(DocumentSet):
     def begin(self, name: str, shared: bool, snapshot: bytes | Snapshot | None) -> PastDocument:
         """A document of this past, at *snapshot* or empty, to be given its changes."""
         document = PastDocument(name, self._refuse, shared)
+        if (hiding := self._hiding(name)) is not None:
+            document.lanes.hiding = hiding.emptied()
         if snapshot is not None:
             document.start(Snapshot.decode(snapshot) if isinstance(snapshot, bytes) else snapshot)
         document.polls = self.polls
@@ -196,9 +205,11 @@ class PastDocument(Document):
                 return
         except EngineFailure as exc:
             raise InvalidUpdate(f"a snapshot of {self.name!r} cannot be loaded: {exc}") from exc
+        self.rules, self.lanes.hiding = self._hear(snapshot)
         self.index.load(snapshot.state, snapshot.version)
         self.version, self.heads = snapshot.version.copy(), dict(snapshot.heads)
         self.stamp, self.agents = snapshot.stamp, dict(snapshot.agents)
+        self.ids, self.cards = dict(snapshot.ids), dict(snapshot.cards)
 
     def take(self, change: Change) -> list[str]:
         """Take in a change, unless it is contained; return the paths it wrote. What it only tidied
@@ -278,12 +289,7 @@ class Index(Lanes):
         """Take *state*, the document at *version*. Raises InvalidUpdate; then nothing changed."""
         # What values are like was checked when they came; here it would take a third of the time.
         self.lanes, self.containers = read_state(state, version, lambda *slot: None)
-
-    def cell(self, path: str) -> Cell:
-        """The slots at *path*."""
-        container, _, key = path.partition(SEPARATOR)
-        found = self.containers.get(container)
-        return found.cells.get(key, {}) if found is not None else {}
+        self._veil_all()
 
 
 # Native types
@@ -609,6 +615,9 @@ def portions(
     names = {name for each in (before, after) if each is not None for name in each.lanes.containers}
     for container in names:
         if container[0] not in KINDS or not chosen.covers_some_of(container[1:]):
+            continue
+        if container == RULES:
+            # They say what is admitted from now on, and are nothing that was.
             continue
         keys = list(olds := _cells(before, container))
         keys += [key for key in _cells(after, container) if key not in olds]

@@ -46,6 +46,8 @@ class Pending:
         self._parked: dict[Place, Parked] = {}
         # Lacking change -> those that wait for it.
         self._waiting: dict[Place, list[Place]] = {}
+        # Those that wait for nothing but a verdict; see `verdicts`.
+        self._held: set[Place] = set()
         self.size_bytes = 0
 
     # Looking
@@ -80,6 +82,25 @@ class Pending:
         self._parked[_place(change)] = Parked(change, peer)
         self.size_bytes += len(change.data)
         self._wait(document, change, now)
+
+    def hold(self, change: Change, peer: int, now: float) -> bool:
+        """Let a change wait until it is taken out; False if too much waits: forget it then."""
+        if not self._has_room(change):
+            due = now + self._config.want_retry
+            self._wants.want(change.document, change.writer, change.seq, due)
+            return False
+        self._parked[_place(change)] = Parked(change, peer)
+        self._held.add(_place(change))
+        self.size_bytes += len(change.data)
+        return True
+
+    def release(self, change: Change) -> bool:
+        """Take out a change that is held; False if it is not held any more."""
+        place = _place(change)
+        is_held = place in self._held
+        if is_held:
+            self._take_out(place)
+        return is_held
 
     def _has_room(self, change: Change) -> bool:
         limit = self._config
@@ -117,7 +138,7 @@ class Pending:
     def retry(self, document: Document, place: Place, now: float) -> Parked | None:
         """Take a change out if it is ready to be delivered; if not, it waits on."""
         parked = self._parked.get(place)
-        if parked is None:
+        if parked is None or place in self._held:
             return None
         if document.is_ready(parked.change):
             return self._take_out(place)
@@ -125,6 +146,7 @@ class Pending:
         return None
 
     def _take_out(self, place: Place) -> Parked:
+        self._held.discard(place)
         parked = self._parked.pop(place)
         self.size_bytes -= len(parked.change.data)
         return parked

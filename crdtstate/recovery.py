@@ -55,6 +55,7 @@ from crdtstate.stores.file import Host, claims_to_be_ours
 from crdtstate.stores.journal import Journal
 from crdtstate.stores.memory import MemoryStore
 from crdtstate.stores.rescue import complete, rebuild, replace, salvaging
+from crdtstate.stores.suspects import Suspects
 
 log = logging.getLogger("crdtstate")
 
@@ -64,6 +65,9 @@ up a restart, unless the store is damaged and it is needed."""
 
 TRIED_MAX = 10
 """Checkpoints that are tried, newest first, when they cannot be used."""
+
+
+Vouch = Callable[[Snapshot], Snapshot]
 
 
 class Unusable(Exception):
@@ -79,6 +83,7 @@ class Opened:
         stored: What is in it of each document. The documents may have more.
         former: As whom the replica wrote before.
         checks_later: Whether the user's check has to wait for the peers.
+        suspects: What the process died of, perhaps; None without a store.
     """
 
     store: Store
@@ -86,6 +91,7 @@ class Opened:
     stored: dict[str, Version] = field(default_factory=dict)
     former: frozenset[int] = frozenset()
     checks_later: bool = False
+    suspects: Suspects | None = None
 
 
 class Pile:
@@ -165,6 +171,9 @@ class Ladder:
         takes: Whether a document is to be here.
         check: The user's; it returns False or raises if it does not admit what there is.
         has_peers: Whether others can be asked for everything.
+        is_own: Whether this replica may go on as a writer that has this card.
+        vouch: Gives a snapshot of a checkpoint the names of its writers that are proven, or raises
+            InvalidUpdate. What lies in the store was taken in by that rule.
     """
 
     def __init__(
@@ -179,6 +188,8 @@ class Ladder:
         takes: Callable[[str], bool],
         check: Callable[[], Awaitable[object] | object] | None,
         has_peers: bool,
+        is_own: Callable[[int, bytes], bool] = lambda writer, card: True,
+        vouch: Vouch = lambda snapshot: snapshot,
     ) -> None:
         self._documents = documents
         self._fresh = fresh
@@ -189,6 +200,8 @@ class Ladder:
         self._takes = takes
         self._check = check
         self._has_peers = has_peers
+        self._is_own = is_own
+        self._vouch = vouch
         # What the tiers say is the newest, once they were asked.
         self._newest: Manifest | None = None
         self._has_looked = False
@@ -208,6 +221,8 @@ class Ladder:
         self._disowned: Disowned = {}
         self._aside: Path | None = None
         self._is_checked = False
+        # What the process died of, perhaps; None without a store.
+        self._suspects: Suspects | None = None
 
     async def climb(self) -> Opened:
         """Try one source after the other.
@@ -224,7 +239,12 @@ class Ladder:
         self._host.lock()
         try:
             self._aside = complete(self._host)
+            self._suspects = self._documents.witness = Suspects(self._host.path)
             return await self._climb()
+        except BaseException:
+            if self._suspects is not None:
+                self._suspects.close()
+            raise
         finally:
             self._host.release()
 
@@ -261,6 +281,7 @@ class Ladder:
             writer=None if self._before == self._writer else self._before,
             is_checked=self._is_checked,
         )
+        opened.suspects = self._suspects
         return opened
 
     # The store
@@ -306,6 +327,10 @@ class Ladder:
         is_kept = session.writer is not None and may_keep_writer(session)
         self._begin(session.writer if session.writer is not None and is_kept else self._fresh)
         stored = self._read(store)
+        if self._writer != self._fresh and not self._is_own(self._writer, self._card()):
+            # Nothing was written as that one, or in another mesh, or with another key.
+            self._begin(self._fresh)
+            stored = self._read(store)
         newest = await self._look() if self._config.recover else None
         if newest is not None and is_ahead(newest.version, stored, self._takes):
             if not any(stored.values()):
@@ -316,6 +341,14 @@ class Ladder:
                 self._read(store)
             await self._merge_newest(store)
         return Opened(store, NOTHING, stored, session.writers)
+
+    def _card(self) -> bytes:
+        """What the documents tell of who the writer is."""
+        for name in self._documents.documents():
+            document = self._documents.find(name)
+            if document is not None and (card := document.cards.get(self._writer)):
+                return card
+        return b""
 
     def _begin(self, writer: int) -> None:
         self._writer = writer
@@ -350,7 +383,7 @@ class Ladder:
             async for id, loaded in self._candidates():
                 try:
                     for document in loaded:
-                        _join(self._documents, document)
+                        _join(self._documents, document, self._vouch)
                 except (CRDTStateError, EngineFailure) as exc:
                     raise Unusable(f"checkpoint {id}: {exc}") from exc
                 if not self._has_taken_back(id, loaded):
@@ -372,7 +405,7 @@ class Ladder:
         if self._has_looked or self._checkpoints is None:
             return self._newest
         self._has_looked = True
-        agent = self._documents.agent
+        agent, attestation = self._documents.agent, self._checkpoints.attestation
         found: dict[str, Manifest] = {}
 
         async def look(shelf: Shelf) -> None:
@@ -380,8 +413,10 @@ class Ladder:
                 ids, _ = read_keys(agent, await shelf.items())
                 for id in sorted(ids, reverse=True)[:TRIED_MAX]:
                     try:
-                        found[id] = await shelf.manifest(id)
-                        return
+                        manifest = await shelf.manifest(id)
+                        if attestation.believes(manifest):
+                            found[id] = manifest
+                            return
                     except CorruptCheckpoint as exc:
                         log.debug("%s: %s", agent, exc)
             except TierError as exc:
@@ -419,7 +454,7 @@ class Ladder:
                 pile = Pile(self._documents)
                 try:
                     for document in loaded:
-                        _take_document(pile, document)
+                        _take_document(pile, document, self._vouch)
                 except CRDTStateError as exc:
                     self._refuse(id, str(exc))
                 else:
@@ -449,7 +484,8 @@ class Ladder:
             raise Unusable("checkpoints are not used")
         began = time.monotonic()
         await checkpoints.read_all()
-        for id in sorted(checkpoints.manifests, reverse=True):
+        believed = checkpoints.believed()
+        for id in reversed(believed):
             if len(self._refused) >= TRIED_MAX:
                 break
             if id in self._refused:
@@ -470,6 +506,8 @@ class Ladder:
                 yield id, wanted
         troubles = {**self._refused, **checkpoints.failures()}
         told = [f"{where}: {why}" for where, why in troubles.items()]
+        if others := checkpoints.manifests.keys() - set(believed):
+            told.append(f"{max(others)}: not proven, so it is only restored if you name it")
         raise Unusable("; ".join(["there is no checkpoint that can be used", *told]))
 
     def _refuse(self, id: str, reason: str) -> None:
@@ -600,22 +638,31 @@ async def admit(check: Callable[[], Awaitable[object] | object], seconds: float)
         raise Unusable("the check does not admit it: it returned False")
 
 
-def _take_document(pile: Pile, loaded: LoadedDocument) -> None:
+def _read_snapshot(loaded: LoadedDocument, vouch: Vouch) -> tuple[Snapshot, bytes]:
+    """The snapshot in a document of a checkpoint, with the names of its writers as they are
+    proven; and its bytes. Raises InvalidUpdate."""
+    found = Snapshot.decode(loaded.snapshot)
+    if found.document != loaded.name:
+        raise InvalidUpdate(f"a snapshot of {found.document!r} in place of {loaded.name!r}")
+    snapshot = vouch(found)
+    is_same = snapshot.agents == found.agents
+    return snapshot, loaded.snapshot if is_same else snapshot.encode()
+
+
+def _take_document(pile: Pile, loaded: LoadedDocument, vouch: Vouch) -> None:
     """Take in a document of a checkpoint. Raises InvalidUpdate."""
-    snapshot = Snapshot.decode(loaded.snapshot)
-    if snapshot.document != loaded.name:
-        raise InvalidUpdate(f"a snapshot of {snapshot.document!r} in place of {loaded.name!r}")
-    pile.take_snapshot(snapshot, loaded.snapshot)
+    pile.take_snapshot(*_read_snapshot(loaded, vouch))
     for data in loaded.changes:
         change = decode_change(data)
         if change.document != loaded.name or not pile.take_change(change):
             raise InvalidUpdate(f"{change!r} does not follow what is before it")
 
 
-def _join(documents: DocumentSet, loaded: LoadedDocument) -> None:
+def _join(documents: DocumentSet, loaded: LoadedDocument, vouch: Vouch) -> None:
     """Take in what a document of a checkpoint has beyond what is here. Raises InvalidUpdate and
     EngineFailure; then part of it may be here."""
-    documents.load_snapshot(loaded.name, loaded.snapshot)
+    snapshot, _ = _read_snapshot(loaded, vouch)
+    documents.find_or_make(loaded.name, snapshot.shared).join(snapshot)
     for data in loaded.changes:
         documents.load_change(loaded.name, data)
 

@@ -23,21 +23,29 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
-from crdtstate import announcements, arguments, casebook, commands, sync, wire
+from crdtstate import announcements, arguments, casebook, commands, quarantine, sync, wire
+from crdtstate.admission import Door
 from crdtstate.adoption import Adoption
+from crdtstate.attestation import Attestation
 from crdtstate.audit import Audit
+from crdtstate.authors import authors_of
 from crdtstate.borrowing import Loan, borrow, lease_limit
+from crdtstate.certificates import Certificate
+from crdtstate.change import Change, decode_change
 from crdtstate.checkpoints import Checkpoint, Checkpoints, default_tier
 from crdtstate.clock import Version
 from crdtstate.comparing import Divergence
 from crdtstate.config import Config
 from crdtstate.connections import FAREWELL, Connections
+from crdtstate.credentials import Credentials, open_credentials
 from crdtstate.cutting import Cutter
+from crdtstate.digests import describe
 from crdtstate.document import Delivery, Document, EngineFailure
 from crdtstate.errors import (
     CorruptStore,
     CRDTStateError,
     InvalidUpdate,
+    NotAllowed,
     ReplicaClosed,
     StoreError,
     StoreUnavailable,
@@ -46,17 +54,20 @@ from crdtstate.errors import (
     WaitTimeout,
 )
 from crdtstate.events import (
+    ChangeQuarantined,
+    ChangeReleased,
     DivergenceDetected,
     EditsUndone,
     Event,
     IdentityRollback,
+    KeyRevoked,
     PeerRejected,
     StoreFailed,
 )
+from crdtstate.examiner import Examiner
 from crdtstate.glance import Glance
 from crdtstate.identity import draw_writer
 from crdtstate.keeping import Keeping
-from crdtstate.keys import Keyring
 from crdtstate.ladder import Recovery
 from crdtstate.link import takes
 from crdtstate.lookback import Lookback
@@ -67,14 +78,18 @@ from crdtstate.recovering import Check, Recovering
 from crdtstate.recovery import Ladder, Opened
 from crdtstate.resolving import Resolving
 from crdtstate.retention import Retention
+from crdtstate.revoking import Revoking
 from crdtstate.saving import Saving
 from crdtstate.sharing import Packets, Sharing
 from crdtstate.slots import SEPARATOR
+from crdtstate.standing import Standing
 from crdtstate.stores import Entry, Saved, Store
+from crdtstate.stores.suspects import Suspects
 from crdtstate.tiers import Tier
-from crdtstate.transports import Http, Listener, listen
+from crdtstate.transports import Http, Listener
 from crdtstate.transports import lan as lan_module
 from crdtstate.values import pack, unpack
+from crdtstate.verdicts import Examine
 from crdtstate.waiting import Waiting
 
 log = logging.getLogger("crdtstate")
@@ -103,7 +118,7 @@ class Peer:
     queued_bytes: int
 
 
-class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
+class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
     """A set of replicated documents in this process.
 
     Use it as ``async with Replica(...) as replica``: inside, it is recovered, listening and
@@ -113,9 +128,12 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
         agent: The agent's name: stable, for people.
         store: The SQLite file that makes it durable; made on first use. None: memory only.
         listen: The URL to listen on, such as ``ws://127.0.0.1:0`` (any free port, see `address`).
-            None: only dial out. Who can reach the port can read and write everything: listen on
-            the loopback interface or on a network that you trust.
-        peers: URLs of relays or agents to stay connected to.
+            or ``unix:///path/to.sock``. None: only dial out. Beyond this machine it takes *mesh*.
+        peers: URLs of relays or agents to stay connected to. ``wss://host:port#sha256=...`` names
+            the fingerprint of the one certificate to trust there.
+        mesh: What proves that this replica belongs to a mesh, and others have to prove to it: a
+            join token (``crdtjoin1...``), words that all share (16 characters or more), or the
+            path of a file with either. None: only processes of the same user on this machine.
         config: Settings.
         durability: What `durable` and sending wait for. ``"process"``: changes survive a kill of
             this process at once, and a power cut after 0.1 s. ``"power"``: both at once.
@@ -155,6 +173,7 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
         store: str | os.PathLike[str] | None = None,
         listen: str | None = None,
         peers: Iterable[str] = (),
+        mesh: str | Path | Credentials | None = None,
         config: Config | None = None,
         durability: Literal["process", "power"] = "process",
         role: Literal["agent", "relay"] = "agent",
@@ -185,8 +204,24 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
         self._store_path = None if store is None else Path(store)
         self._listen_url = listen
         self._peer_urls = list(dict.fromkeys(peers))
+        self._credentials = open_credentials(mesh, self._store_path)
+        arguments.check_credentials(agent, self._credentials)
+        self._authors = authors_of(self._credentials, self.config.signing)
+        if lease and self._authors.have_cards:
+            raise UsageError("lease=True: in a mesh with certificates each writes in its own name")
+        self._writer = self._authors.draw(self._rng)
+        self.prover_of, self.scheme = self._authors.prover, self._authors.scheme
+        self._door = Door(
+            self._credentials,
+            self.config.limits,
+            has_tls_binding=self.config.tls_binding,
+            has_room=lambda: self._connections.has_room(),
+            is_revoked=lambda certificate: self._standing.is_revoked(certificate),
+            emit=self._emit,
+        )
         for url in self._peer_urls if listen is None else [listen, *self._peer_urls]:
             arguments.check_url(url)
+            self._door.check(url)
         self._http = http
         self._advertise = advertise
         if lan is not None:
@@ -209,6 +244,7 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
             agent,
             self._peer_urls,
             tls,
+            self._door,
             emit=self._emit,
             pump=self._pump,
             wake=self._wake,
@@ -217,13 +253,25 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
         # What came and went, for metrics.
         self.traffic = self._connections.traffic
         self._observers = Observers(agent, self.config.events_max, self._wake)
+        # What the process died of, perhaps.
+        self._suspects: Suspects | None = None
+        # Tries what others write in native documents.
+        self._examiner = Examiner(agent, self._note_verdict, self._spawn)
         self._interval = 0.0 if checkpoints is None else self.config.checkpoint_interval
         tiers, made_late = default_tier(self._store_path)
         if checkpoints is not None:
             tiers, made_late = arguments.check_checkpoints(checkpoints), None
         arguments.check_retention(retention)
         self._checkpoints = Checkpoints(
-            agent, tiers, self.config, self._emit, retention=retention, made_late=made_late
+            agent,
+            tiers,
+            self.config,
+            self._emit,
+            retention=retention,
+            attestation=Attestation(
+                self._authors, lambda: self._credentials.certificate, self._may_be_revoked
+            ),
+            made_late=made_late,
         )
         if check is not None and not callable(check):
             raise UsageError(f"check is a function of the replica, not {check!r}")
@@ -241,7 +289,7 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
         self._waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
         self._audit = Audit(self, self._tell_decided)
         self._docket = Docket(self)
-        self._keyring = Keyring(self._beside("keys"))
+        self._keyring = self._credentials.keyring(self._beside("keys"))
         self._packets = Packets(self._beside("shared"))
         # Peer -> what was refused of it the last time, of the last few.
         self._rejected: dict[str, str] = {}
@@ -252,6 +300,7 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
         if self._state != "new":
             raise UsageError("a Replica is opened once; make a new one")
         self._loop = asyncio.get_running_loop()
+        self._prepare_proof()
         loan = await self._borrow() if self._is_leasing else None
         opened: Opened | None = None
         self._state = "checking"
@@ -332,6 +381,8 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
         if self._timer is not None:
             self._timer.cancel()
         self._saving.close()
+        if self._suspects is not None:
+            self._suspects.close()
         self._close_documents()
         for _, waiter in self._waiters:
             if not waiter.done():
@@ -339,9 +390,15 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
 
     async def _listen(self, url: str) -> None:
         tls = self._tls if url.startswith("wss:") else None
-        self._listener = await listen(url, self._connections.accept, http=self._http, tls=tls)
+        self._listener = await self._connections.listen(url, http=self._http, tls=tls)
         self.address = self._listener.address
         self._sync.introduce(self._hello(), self._loop.time())
+
+    def _prepare_proof(self) -> None:
+        """Have at hand what others will ask for: what is wrong with that is said before opening."""
+        urls = [*self._peer_urls, *([] if self._listen_url is None else [self._listen_url])]
+        if any(not url.startswith("memory:") for url in urls):
+            self._door.credentials()
 
     def _spawn(self, work: Any, name: str) -> asyncio.Task[Any]:
         task: asyncio.Task[Any] = self._loop.create_task(work, name=f"{self.agent}: {name}")
@@ -362,6 +419,8 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
             takes=lambda name: takes(self._subscribe, name),
             check=None if check is None else lambda: check(self),
             has_peers=bool(self._peer_urls or self._listen_url or self._lan),
+            is_own=self._authors.is_own,
+            vouch=self._authors.vouch,
         )
         self._audit.is_loading = True
         try:
@@ -373,15 +432,32 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
         """Take up work with what was loaded."""
         self._store = opened.store
         now, seeds = self._loop.time(), self._peer_urls
-        self._sync = sync.Sync(self, self._hello(), self.config, self._rng, now, seeds)
+        self._sync = sync.Sync(
+            self, self._hello(), self.config, self._rng, now, seeds, authors=self._authors
+        )
+        self._standing = Standing(
+            self,
+            self._authors,
+            self._credentials.root if self._authors.have_cards else None,
+            emit=self._tell_standing,
+            closed=self._close_lane,
+            is_own=lambda writer: writer == self._writer or writer in self._sync.former,
+        )
         self._sync.former.update(opened.former - {self._writer})
+        self._sync.examines = True
+        if opened.suspects is not None:
+            self._suspects = opened.suspects
+            for found in self._suspects.quarantined:
+                what = (found.document, found.writer, found.seq, "", str(found))
+                self._sync.quarantine(sync.Aside(found.id, *what))
+                self._emit(ChangeQuarantined(*what))
         for name, version in self.versions():
             self._base[name] = self._opened[name] = version.get(self._writer, 0)
             store, stored = self._store, opened.stored.get(name, Version())
             self._sync.restore(name, stored, store.floor(name), store.size(name))
             if stored != version:
                 self._sync.keep(name, now)
-            self._clock.observe(self._documents[name].stamp, 2**47)
+            self.resume_clock(self._documents[name])
         self._saving = Saving(self._store, self._sync, self._emit, self._wake)
         self._lookback = Lookback(
             self,
@@ -405,6 +481,8 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
         self._connections.open(self._sync)
         self._saving.start(self.agent, self._writer)
         self._audit.begin()
+        self._admit_foreign()
+        self._standing.open()
 
     def _load(self, item: Saved | Entry, only: Document | None = None) -> None:
         what = "snapshot"
@@ -427,7 +505,7 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
     async def _borrow(self) -> Loan:
         """Have a writer lent by one of the peers, before anything else."""
         async with lease_limit(self.agent, self.config.lease_timeout):
-            loan = await borrow(self._hello(), self._peer_urls, self._tls)
+            loan = await borrow(self._hello(), self._peer_urls, self._door, self._tls)
         self._writer = loan.terms.writer
         return loan
 
@@ -466,6 +544,7 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
             self._advertise or (None if _is_anywhere(self.address) else self.address),
             is_durable=self._store_path is not None,
             documents=self._subscribe,
+            head=self._authors.head(self._writer),
         )
 
     def system_document(self, name: str, *, shared: bool = False) -> Document:
@@ -477,6 +556,8 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
     def _on_write(self, document: Document) -> None:
         if self._is_between_loans:
             raise ReplicaClosed(f"{self.agent}: its leased writer is not to be written under now")
+        if not self._authors.may_write(document.name, self._wall()):
+            raise NotAllowed(self.agent, "w", document.name)
         if self._state == "checking":
             raise UsageError(
                 f"{self.agent}: a check reads; it cannot write, as nothing is open yet"
@@ -491,8 +572,33 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
 
     def _delivered(self, delivery: Delivery) -> None:
         super()._delivered(delivery)
+        if self._state == "open":
+            self._standing.note(delivery)
         self._audit.note(delivery)
+        self._tell_quarantine(delivery)
         self._docket.note(delivery)
+
+    def _shown(self, document: Document, paths: list[str], agent: str) -> None:
+        super()._shown(document, paths, agent)
+        if self._state == "open" and not self._audit.is_loading:
+            self._observers.tell_paths(document, paths, agent, local=False)
+            self._sync.shown(document, self._loop.time())
+
+    def _tell_quarantine(self, delivery: Delivery) -> None:
+        """Tell what the rules of documents refuse, and what was released."""
+        if self._state != "open" or self._audit.is_loading:
+            return
+        document, change = delivery.document, delivery.change
+        for dot, refusal in delivery.refused:
+            self.traffic.changes_hidden += 1
+            paths = tuple(describe(path) for path in refusal.paths)
+            told = (document.name, *dot, refusal.agent, refusal.reason, paths)
+            self._emit(ChangeQuarantined(*told, is_hidden=True))
+        if document.name == quarantine.QUARANTINE:
+            by = change.origin.agent if change is not None else ""
+            for name, dot in quarantine.heard(delivery.paths):
+                if dot in quarantine.released(document, name):
+                    self._emit(ChangeReleased(name, *dot, by))
 
     def _check_usable(self) -> None:
         if self._state == "new":
@@ -523,6 +629,7 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
         """Stay connected to the peer at *url* from now on, as if it had been in `peers`."""
         self._check_usable()
         arguments.check_url(url)
+        self._door.check(url)
         if url not in self._peer_urls:
             self._peer_urls.append(url)
             self._sync.add_seed(url, self._loop.time())
@@ -720,6 +827,7 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
             while effects := self._sync.effects():
                 self._carry_out(effects)
                 self._saving.note_progress()
+                self._standing.look()
             self._saving.flush()
             self._arm_timer()
         finally:
@@ -742,6 +850,8 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
         self._sync.local_changes((change for change, _ in sealed), self._loop.time())
         for change, paths in sealed:
             document = self._documents[change.document]
+            if change.shared:
+                self._examiner.feed(change)
             self._observers.tell_paths(document, paths, self.agent, local=True)
 
     def _carry_out(self, effects: list[sync.Effect]) -> None:
@@ -782,12 +892,17 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
                     self._emit(event)
                 case sync.Hurry():
                     self._store.hurry()
+                case Examine():
+                    self._examiner.ask(effect)
                 case sync.Rebuild(name):
                     self._saving.flush()
                     self._rebuild(name)
-                case sync.Reidentify(reason):
+                case sync.Fork(change, seq):
                     self._saving.flush()
-                    self._reidentify(reason)
+                    self._note_fork(change, seq)
+                case sync.Reidentify(reason, keeps):
+                    self._saving.flush()
+                    self._reidentify(reason, keeps)
                     return
 
     def _emit(self, event: Event) -> None:
@@ -825,9 +940,60 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
 
     # What happens seldom
 
+    def _may_be_revoked(self, certificate: Certificate) -> bool:
+        """Whether a member is one no more. Before all is loaded nobody can tell: only this one's
+        present key is sure."""
+        if self._state == "open":
+            return self._standing.is_revoked(certificate)
+        return certificate.key != self._credentials.public
+
+    def _admit_foreign(self) -> None:
+        """What was written in another mesh, or in none, has proofs that nobody here believes. It is
+        handed on as a snapshot, by a member who may."""
+        if not self._authors.are_checked:
+            return
+        for name, _ in self.versions():
+            document = self._documents[name]
+            document.agents.update(self._authors.unproven(document.agents, document.cards))
+            if name in self.foreign:
+                snapshot = document.snapshot()
+                saved = Saved(name, snapshot.version, snapshot.encode())
+                self._store.compact(saved, 0)
+                self._sync.compacted(name, self._store.floor(name))
+                log.info("%s: %r was written in another mesh", self.agent, name)
+
+    def _reloaded(self, document: Document) -> None:
+        super()._reloaded(document)
+        self._standing.reloaded(document)
+
+    def _note_fork(self, change: Change, seq: int) -> None:
+        """A change came that does not fit to the change *seq* of its writer that is here."""
+        where = change.document, change.writer
+        found, _ = self._store.read(change.document, [(change.writer, seq, seq)], 1)
+        log.error("%s: %s has gone on in two ways in %r", self.agent, change.origin.agent, where)
+        for data in found:
+            self._standing.found(change, decode_change(data))
+
+    def _tell_standing(self, event: Event) -> None:
+        self._emit(event)
+        if isinstance(event, KeyRevoked):
+            log.warning("%s: the key of %s is revoked: %s", self.agent, event.agent, event.reason)
+            self._spawn(self._connections.recheck(), "revocation")
+
+    def _close_lane(self, name: str, writer: int) -> None:
+        """Nothing more of a writer is taken in."""
+        self._sync.closed(name, writer, self._loop.time())
+        self._wake()
+
+    def _note_verdict(self, number: int, fault: str | None) -> None:
+        if self._state == "open":
+            self._sync.examined(number, fault, self._loop.time())
+            self._wake()
+
     def _rebuild(self, name: str) -> None:
         """Load a document from the store again, because its engine failed."""
         document = self._documents[name]
+        self._examiner.forget(name)
         self.reload(document, self._writer, self._load_document)
         self._sync.rebuilt(name, self._loop.time())
         self._wake()
@@ -837,13 +1003,16 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
             if item.document == document.name:
                 self._load(item, document)
 
-    def _reidentify(self, reason: str) -> None:
+    def _reidentify(self, reason: str, keeps: bool = False) -> None:
         """Go on under a new writer, because peers know more of the present one than we do.
 
         What was written since opening, and no peer has acknowledged, got dots that others use for
-        something else. It is taken out of the journal and written again, by the new writer.
+        something else. It is taken out of the journal and written again, by the new writer. If it
+        *keeps* them, all that is stored stays.
         """
-        old, new = self._writer, draw_writer(self._rng)
+        old, new = self._writer, self._authors.draw(self._rng)
+        if keeps:
+            self._base = {name: version.get(old, 0) for name, version in self.versions()}
         for name, seq in self._sync.own_acked.items():
             self._base[name] = max(seq, self._base.get(name, 0))
         try:
@@ -872,8 +1041,10 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
             self._sync.restore(name, document.version, store.floor(name), store.size(name))
 
         for document in list(self._documents.values()):
+            self._examiner.forget(document.name)
             self.reload(document, new, load)
         self._audit.begin()
+        self._standing.say_again()
         self._tell_taken_back(old, taken_back)
         self._emit(IdentityRollback(old, new, reason))
         self._wake()
@@ -881,4 +1052,4 @@ class Replica(Waiting, Keeping, Resolving, Obeying, Sharing, Recovering):
 
 def _is_anywhere(address: str | None) -> bool:
     """Whether an address names no host: all interfaces are listened on."""
-    return address is not None and urlsplit(address).hostname in ("0.0.0.0", "::")
+    return address is not None and urlsplit(address).hostname in ("0.0.0.0", "::")  # noqa: S104

@@ -108,7 +108,7 @@ class Resolving(DocumentSet):
         Args:
             since: Recorded here from then on, or after this record.
             agent: Who did it.
-            kind: ``"resolution"``, ``"decision"``, ``"vote"``, ``"rejection"`` or ``"command"``.
+            kind: See `Record`.
 
         Raises:
             UsageError: An argument cannot be.

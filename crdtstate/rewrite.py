@@ -35,6 +35,7 @@ from crdtstate.past import (
     natives,
     path_text,
 )
+from crdtstate.rules import RULES
 from crdtstate.slots import Cell, Slot, candidates, totals
 from crdtstate.values import pack, unpack
 
@@ -289,6 +290,8 @@ class RunTrace:
         replaced = self._document.index.replaced
         is_revert = self._dots.is_revert(change)
         for path, cell in replaced.items():
+            if path.startswith(RULES):
+                continue
             if path.startswith("c"):
                 if is_own or is_revert:
                     self._note_count(path, cell, change, is_revert)

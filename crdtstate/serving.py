@@ -47,7 +47,8 @@ class Serving:
         ledger: Knows what of them is committed, and their floors.
         config: Settings.
         rng: For jitter.
-        takes: Tells whether this replica takes part in a document.
+        takes: Tells whether this replica takes part in a document,
+        may_hand: and whether others believe it when it hands them a snapshot of one.
         send: Sends a frame to a peer.
     """
 
@@ -58,6 +59,7 @@ class Serving:
         config: Config,
         rng: random.Random,
         takes: Callable[[str], bool],
+        may_hand: Callable[[str], bool],
         send: Sender,
     ) -> None:
         self._documents = documents
@@ -65,6 +67,7 @@ class Serving:
         self._config = config
         self._rng = rng
         self._takes = takes
+        self._may_hand = may_hand
         self._send = send
         self.uploads = Uploads(send)
         # How many changes were sent.
@@ -116,6 +119,8 @@ class Serving:
         found = self._documents.find(name)
         if found is None or found.is_broken or log_bytes < SNAPSHOT_WORTH:
             return False
+        if not self._may_hand(name):
+            return False
         if log_bytes < SNAPSHOT_SHARE * self._measure(found, now):
             return False
         self._ask_snapshot(link, name, now)
@@ -130,7 +135,7 @@ class Serving:
 
     def _ask_snapshot(self, link: Link, name: str, now: float) -> None:
         """Let a peer have a snapshot, if not too many others fetch one."""
-        if self.uploads.may_serve(link.peer, now):
+        if self._may_hand(name) and self.uploads.may_serve(link.peer, now):
             self.uploads.ask(name, link.peer)
             self.offer(name, now)
         else:

@@ -281,17 +281,22 @@ async def take(home: Replica, command: Command) -> str:
 
 
 def _check_signature(home: Replica, command: Command) -> None:
-    offered = [_key(each) for each in home._docket.board.keys_of(command.by)]
-    found = [each for each in offered if each is not None]
+    has_certificates = home._authors.have_cards
+    found = list(_certified(home, command.by) if has_certificates else _offered(home, command.by))
     if not found:
-        raise CommandError("its sender has published no key")
+        what = "has no certificate that counts" if has_certificates else "has published no key"
+        raise CommandError(f"its sender {what}")
     message, signature = _signed(command, command.arguments), command.arguments["signature"]
     right = [each for each in found if keys.verify(PURPOSE, message, signature, each[0])]
     if not right:
         raise CommandError("its signature is wrong")
     key, lasts = right[-1]
     before = home._keyring.pinned(command.by)
-    said = home._keyring.pin(command.by, key, lasts=lasts)
+    if has_certificates:
+        # Whatever was pinned: the mesh says whose it is.
+        said: str = home._keyring.certify(command.by, key)
+    else:
+        said = home._keyring.pin(command.by, key, lasts=lasts)
     if said in ("replaced", "refused"):
         assert before is not None
         names = keys.show(before), keys.show(key)
@@ -300,11 +305,19 @@ def _check_signature(home: Replica, command: Command) -> None:
         raise CommandError("signed with another key than its sender had before; see Replica.trust")
 
 
-def _key(value: object) -> tuple[bytes, bool] | None:
-    match value:
-        case {"key": bytes(key), "lasts": bool(lasts)} if len(key) == keys.KEY_BYTES:
-            return key, lasts
-    return None
+def _certified(home: Replica, agent: str) -> Iterator[tuple[bytes, bool]]:
+    """The keys that certificates of the mesh give an agent, as far as they were shown here."""
+    found = home._certificates_of(agent)
+    for key in {each.key for each in found if not home._standing.is_revoked(each)}:
+        yield key, True
+
+
+def _offered(home: Replica, agent: str) -> Iterator[tuple[bytes, bool]]:
+    """The keys that an agent says it has, and whether it keeps them."""
+    for value in home._docket.board.keys_of(agent):
+        match value:
+            case {"key": bytes(key), "lasts": bool(lasts)} if len(key) == keys.KEY_BYTES:
+                yield key, lasts
 
 
 class Packets:

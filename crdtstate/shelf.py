@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
+from crdtstate.attestation import BELIEVED, Attestation
 from crdtstate.errors import CorruptCheckpoint, TierError
 from crdtstate.events import CheckpointDamaged, Event, TierFailed, TierRecovered
 from crdtstate.manifest import (
@@ -50,6 +51,7 @@ class Shelf:
         retry: Seconds after which a failed tier is tried again, at first,
         retry_max: and at most.
         emit: Gets the events.
+        attestation: Says whose a manifest is.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Shelf:
         retry: float,
         retry_max: float,
         emit: Callable[[Event], None],
+        attestation: Attestation = BELIEVED,
     ) -> None:
         self.url = tier if isinstance(tier, str) else tier.url
         self.is_primary = False
@@ -95,6 +98,7 @@ class Shelf:
         self._retry = retry
         self._retry_max = retry_max
         self._emit = emit
+        self._attestation = attestation
         self._tier = None if isinstance(tier, str) else tier
         self._opening = asyncio.Lock()
         # The one through which the tier is reached, if it is not this.
@@ -108,7 +112,8 @@ class Shelf:
         """The same tier as the keeper of the checkpoints of another *agent*, for reading. It is
         reached through this shelf, and so as long as this one is not closed."""
         limits = {"limit": self._limit, "retry": self._retry, "retry_max": self._retry_max}
-        other = Shelf(self._url, agent, **limits, emit=emit)
+        attestation = self._attestation.of_others()
+        other = Shelf(self._url, agent, **limits, emit=emit, attestation=attestation)
         other.url, other.made_late, other._door = self.url, self.made_late, self
         return other
 
@@ -173,13 +178,15 @@ class Shelf:
         """Read a manifest.
 
         Raises:
-            CorruptCheckpoint: It is not there, or not as it was written.
+            CorruptCheckpoint: It is not there, not as it was written, or not this agent's.
             TierError: It cannot be asked.
         """
         key = manifest_key(self._agent, id)
         data = await self._get(key)
         try:
-            return Manifest.decode(data, id, self._agent)
+            found = Manifest.decode(data, id, self._agent)
+            self._attestation.check(found)
+            return found
         except Damaged as exc:
             if isinstance(exc, Foreign):
                 self.foreign.add(id)

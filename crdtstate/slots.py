@@ -22,6 +22,9 @@ SEPARATOR = "\0"
 COVERS_MAX = 10_000
 """Lanes that one slot may cover; more writers than that do not meet at one path."""
 
+COVERS_BYTES_MAX = 20 * COVERS_MAX
+SMALL = 64 * 1024
+
 NO_COVERS: Mapping[int, int] = {}
 
 
@@ -58,6 +61,8 @@ def decode_slots(contents: Iterable[bytes]) -> list[Slot]:
     slots: list[Slot] = []
     for data in contents:
         try:
+            if len(data) > SMALL:
+                _check_weight(data)
             parts = _unpack(data, use_list=False)
         except Exception as exc:
             raise InvalidUpdate(f"a slot is not valid msgpack: {exc}") from exc
@@ -77,6 +82,14 @@ def decode_slots(contents: Iterable[bytes]) -> list[Slot]:
             raise InvalidUpdate("a slot's stamp is out of range")
         slots.append(_new(Slot, (value, seq, stamp, covers)))
     return slots
+
+
+def _check_weight(data: bytes) -> None:
+    """Check that most of a large slot is its value: other msgpack can take seventy times its bytes
+    when it is unpacked. Raises ValueError."""
+    width = {0xC4: 1, 0xC5: 2, 0xC6: 4}.get(data[1], 0)
+    if not width or len(data) - int.from_bytes(data[2 : 2 + width], "big") > COVERS_BYTES_MAX:
+        raise ValueError("more than a value and what it covers")
 
 
 _pack = msgpack.Packer(use_bin_type=True).pack

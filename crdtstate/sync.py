@@ -32,18 +32,22 @@ from __future__ import annotations
 import random
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from crdtstate import wire
-from crdtstate.change import Change, Snapshot, decode_change
+from crdtstate.authors import Authors, Unsigned
+from crdtstate.certificates import Certificate
+from crdtstate.change import ID_BYTES, PROOF_BYTES, Change, Snapshot, decode_change
 from crdtstate.clock import Version
 from crdtstate.comparing import JOBS_MAX, Comparing
 from crdtstate.config import Config
 from crdtstate.document import Document, EngineFailure
 from crdtstate.documents import DocumentSet
-from crdtstate.errors import InvalidUpdate, ProtocolError
+from crdtstate.errors import Forked, InvalidUpdate, ProtocolError, UnknownValidator, Unproven
 from crdtstate.events import (
     CatchingUp,
+    ChangeQuarantined,
     ClockSkew,
     DocumentRebuilt,
     Event,
@@ -52,6 +56,7 @@ from crdtstate.events import (
     PeerRejected,
     PresenceChanged,
     SnapshotReceived,
+    ValidatorMissing,
 )
 from crdtstate.haves import Haves
 from crdtstate.leases import Leases, Loan
@@ -66,10 +71,15 @@ from crdtstate.quorum import ROUTES_MAX, WAITING_MAX, Question, Quorum
 from crdtstate.serving import Serving
 from crdtstate.transfer import CACHE_MAX, DOWNLOADS_MAX, SERVED_MAX, Downloads
 from crdtstate.upkeep import Upkeep
+from crdtstate.validators import is_known
+from crdtstate.verdicts import SNAPSHOTS_MAX, Asked, Examine, Verdicts
 from crdtstate.wants import Wants
 
-CHECKSUM_BYTES = 17
 """The head of a change's bytes that tells it from all others."""
+
+PROVEN_MAX = 10_000
+FORKS_MAX = 1_000
+"""Changes of which is remembered that they are proven; forks that a peer is asked about."""
 
 QUARANTINE_MAX = 1000
 STRIKES_MAX = 20
@@ -146,10 +156,20 @@ class Rebuild(NamedTuple):
     document: str
 
 
+class Fork(NamedTuple):
+    """A writer has gone on in two ways: *change* does not fit to its change *seq* that is here.
+    Find that in the store, prove it (`forks`), and tell everybody."""
+
+    change: Change
+    seq: int
+
+
 class Reidentify(NamedTuple):
     """This writer's history is known elsewhere beyond ours: go on under another writer."""
 
     reason: str
+    keeps: bool = False
+    """Take nothing back: it is only said that there is another process."""
 
 
 class Hurry(NamedTuple):
@@ -172,9 +192,22 @@ Effect = (
     | Delivered
     | Rebuild
     | Reidentify
+    | Fork
+    | Examine
     | Hurry
     | Emit
 )
+
+
+class Aside(NamedTuple):
+    """A change that is not taken in, and why; *agent* is empty if it is not known."""
+
+    id: bytes
+    document: str
+    writer: int
+    seq: int
+    agent: str
+    reason: str
 
 
 class Sync:
@@ -187,6 +220,7 @@ class Sync:
         rng: For jitter and choices between equals.
         now: The time, in seconds on any clock that does not run backwards.
         seeds: Addresses to stay connected to.
+        authors: Tells whose changes these are; by default everybody who connects is believed.
     """
 
     def __init__(
@@ -197,8 +231,10 @@ class Sync:
         rng: random.Random,
         now: float,
         seeds: Iterable[str] = (),
+        authors: Authors | None = None,
     ) -> None:
         self.documents = documents
+        self.authors: Authors = authors or Unsigned()
         self.hello = hello
         self.config = config
         self._rng = rng
@@ -211,19 +247,34 @@ class Sync:
         self._outboxes: Outboxes[Link] = Outboxes(config, self._cut_off)
         # For whom something new waits, in order.
         self._unsent: dict[int, None] = {}
-        self._haves = Haves(self._links, self._ledger, config, self._push)
+        self._haves = Haves(self._links, self._ledger, config, self._push, self._ids)
         self._outgoing = Outgoing(self._links, self._push)
         self._downloads = Downloads(self._send)
         self._wants = Wants(config, rng, self._downloads, self._version, self._send)
         self._pending = Pending(config, self._wants)
-        self._serving = Serving(documents, self._ledger, config, rng, self._takes, self._send)
+        # Whether the shell carries out `Examine`; without, changes of native documents are taken
+        # in as they come.
+        self.examines = False
+        self._verdicts = Verdicts(lambda examine: self._effects.append(examine))
+        self._serving = Serving(
+            documents, self._ledger, config, rng, self._takes, self.authors.may_hand, self._send
+        )
         self._upkeep = Upkeep(documents, self._ledger, config, rng)
         # Changes that the engine failed on; never tried again.
         # By checksum, not by dot: else one forged change would keep the true one out for ever.
         self._quarantine: OrderedDict[bytes, None] = OrderedDict()
+        # Those among them that pycrdt does not survive, by id: they may be right.
+        self._aside: OrderedDict[bytes, Aside] = OrderedDict()
+        # Changes that were found to be their writers', so as not to look twice; the newest.
+        self._proven: OrderedDict[bytes, None] = OrderedDict()
+        # Changes that wait in `pending` for a validator; and which, by document, are unknown here.
+        self._unjudged: list[Change] = []
+        self._unknown: dict[tuple[str, str], None] = {}
         # Documents to rebuild, and why.
         self._broken: dict[str, str] = {}
         self._is_reidentifying = False
+        # Somebody has said that there is a copy of this replica.
+        self._was_told = False
         self._quorum = Quorum(
             hello.agent,
             hello.is_durable,
@@ -298,6 +349,7 @@ class Sync:
         yield "routes", self._quorum.routes, ROUTES_MAX
         yield "members", len(self.mesh.members), wire.MEMBERS_MAX
         yield "pending bytes", self._pending.size_bytes, config.pending_bytes
+        yield "snapshots to examine", self._verdicts.snapshots, SNAPSHOTS_MAX
         yield "places waited for", self._pending.awaited, config.pending_changes
         uploads = self._serving.uploads
         yield "cached snapshots", len(uploads), CACHE_MAX
@@ -315,7 +367,11 @@ class Sync:
     @property
     def has_quarantine(self) -> bool:
         """Whether the engine failed on a change, which is therefore lacking."""
-        return bool(self._quarantine)
+        return bool(self._quarantine or self._aside)
+
+    def quarantined(self) -> list[Aside]:
+        """The changes that pycrdt does not survive, oldest first."""
+        return list(self._aside.values())
 
     @property
     def persisted(self) -> int:
@@ -439,10 +495,13 @@ class Sync:
         self.mesh.topology.dial_failed(url, now)
         self.mesh.dial(now)
 
-    def peer_up(self, peer: int, now: float, *, url: str | None) -> None:
-        """A connection stands; *peer* is any new number for it, *url* what a `Dial` named."""
+    def peer_up(
+        self, peer: int, now: float, *, url: str | None, certificate: Certificate | None = None
+    ) -> None:
+        """A connection stands; *peer* is any new number for it, *url* what a `Dial` named,
+        *certificate* what the other side has proved to have."""
         self._now = now
-        self._links[peer] = Link(peer, url, now, now)
+        self._links[peer] = Link(peer, url, now, now, certificate=certificate)
         if url is not None:
             self.mesh.topology.connected(url)
         self._send(peer, self.hello)
@@ -573,7 +632,10 @@ class Sync:
                 self._on_want(link, frame)
             case wire.Members():
                 self.mesh.on_members(link, frame, self._now)
-                if self.mesh.members.has_rival and not self._loan.is_begun:
+                # Where changes are signed, two processes are found out by what they write, and
+                # nobody can make a member change its writer by what it says of it.
+                is_told = self.mesh.members.has_rival and not self.authors.have_cards
+                if is_told and not self._loan.is_begun:
                     self._reidentify("another process writes as the same writer: a copied store")
             case wire.Roll():
                 self.mesh.on_roll(link, frame)
@@ -616,8 +678,19 @@ class Sync:
                 link.is_closing = True
                 code = link.bye = _bye_code(frame.code)
                 if code is wire.ByeCode.SAME_WRITER and not self._loan.is_begun:
-                    self._reidentify(f"{link.agent} hears two processes: a copied store")
+                    self._on_same_writer(link)
                 self._effects.append(HangUp(link.peer, code, f"they said: {frame.reason}"))
+
+    def _on_same_writer(self, link: Link) -> None:
+        """A peer says that another process writes as this writer."""
+        reason = f"{link.agent} hears two processes: a copied store"
+        if not self.authors.have_cards:
+            self._reidentify(reason)
+        elif not self._was_told:
+            # Anybody may say so. It is believed once, and nothing is written again for it, which
+            # would count twice what has got elsewhere. If it is so, that is proven later (`forks`).
+            self._was_told = True
+            self._reidentify(reason, keeps=True)
 
     def _strike(self, link: Link, reason: str) -> None:
         """A peer broke a rule. What it sent is dropped; if it goes on, so is the connection."""
@@ -639,6 +712,11 @@ class Sync:
         if link.hello is not None:
             raise ProtocolError("a second Hello")
         mine = self.hello
+        if link.certificate is not None and not self.authors.is_right(hello, link.certificate):
+            reason = f"{hello.agent!r} is not who its certificate says, {link.certificate.agent!r}"
+            self._effects.append(Emit(PeerRejected(link.certificate.agent, reason)))
+            self._hang_up(link, wire.ByeCode.PROTOCOL, reason)
+            return
         if hello.proto_min > wire.PROTOCOL_MAX or hello.proto_max < wire.PROTOCOL_MIN:
             ours = f"{wire.PROTOCOL_MIN}-{wire.PROTOCOL_MAX}"
             reason = f"protocol {hello.proto_min}-{hello.proto_max}, here {ours}"
@@ -753,20 +831,57 @@ class Sync:
         known = link.known.setdefault(name, Version())
         if known.get(writer, 0) == seq - 1:
             known[writer] = seq
-        if seq <= self._version(name).get(writer, 0) or key in self._pending:
+        at = self._version(name).get(writer, 0)
+        if seq <= at or key in self._pending:
+            if seq == at:
+                self._compare(change)
             return
         if writer == self.hello.writer and not self._loan.is_earlier(name, seq):
+            if not self._is_proven(link, change):
+                return
             self._reidentify(f"{link.agent} has change {seq} of this writer in {name!r}")
             return
-        if self._quarantine and change.data[:CHECKSUM_BYTES] in self._quarantine:
+        if self._quarantine and _key(change) in self._quarantine or change.id in self._aside:
+            return
+        try:
+            self._prove(change)
+        except Unproven as exc:
+            self._set_aside(change)
+            self._strike(link, str(exc))
             return
         document = self._find_or_make(name, change.shared)
         if document.is_broken:
             self._wants.want(name, writer, seq, self._now + self.config.want_retry)
         elif document.is_ready(change):
             self._deliver(link, document, change)
+        elif self._verdicts.is_ready(document, change):
+            self._examine(link, document, change)
         else:
             self._pending.park(document, change, link.peer, self._now)
+
+    def _is_proven(self, link: Link, change: Change) -> bool:
+        try:
+            self._prove(change, is_due=True)
+        except Unproven as exc:
+            self._strike(link, str(exc))
+            return False
+        return True
+
+    def _prove(self, change: Change, is_due: bool = False) -> None:
+        """Check that a change is its writer's, as soon as it is known who that is: at the latest
+        when it *is due* to be delivered. Raises Unproven."""
+        if not self.authors.are_checked:
+            return
+        found = self.documents.find(change.document)
+        card = found.cards.get(change.writer, b"") if found is not None else b""
+        if not (card or change.card or is_due) and self.authors.have_cards:
+            return
+        key = _key(change)
+        if key not in self._proven:
+            self.authors.check(change, card)
+            self._proven[key] = None
+            if len(self._proven) > PROVEN_MAX:
+                self._proven.popitem(last=False)
 
     def _find_or_make(self, name: str, shared: bool) -> Document:
         found = self.documents.find(name)
@@ -776,7 +891,14 @@ class Sync:
         return found
 
     def _deliver(self, link: Link | None, document: Document, change: Change) -> None:
-        """Deliver a ready change and all that waited for it."""
+        """Deliver a ready change and all that waited for it; in native documents, have it examined
+        first."""
+        if document.shared and self.examines:
+            self._examine(link, document, change)
+        else:
+            self._deliver_now(link, document, change)
+
+    def _deliver_now(self, link: Link | None, document: Document, change: Change) -> None:
         ready = [(change, link)]
         while ready:
             change, link = ready.pop()
@@ -787,20 +909,81 @@ class Sync:
                 continue
             for place in self._pending.delivered(change):
                 parked = self._pending.retry(document, place, self._now)
-                if parked is not None:
+                if parked is not None and document.shared and self.examines:
+                    self._examine(self._links.get(parked.peer), document, parked.change)
+                elif parked is not None:
                     ready.append((parked.change, self._links.get(parked.peer)))
+
+    def _examine(self, link: Link | None, document: Document, change: Change) -> None:
+        """Have a change examined, which waits for the verdict; see `verdicts`."""
+        peer = link.peer if link is not None else 0
+        if self._pending.hold(change, peer, self._now):
+            self._verdicts.ask(document, Asked(change.document, change, peer))
+
+    def examined(self, number: int, fault: str | None, now: float) -> None:
+        """What an `Examine` asked: *fault* is what is wrong, None if nothing is. If something is,
+        all other questions about that document are to be forgotten; they are asked again."""
+        self._now = now
+        asked = self._verdicts.answer(number)
+        document = self.documents.find(asked.document) if asked is not None else None
+        if asked is None or document is None:
+            return
+        link, item = self._links.get(asked.peer), asked.item
+        is_here = isinstance(item, Snapshot) or self._pending.release(item)
+        if fault is not None:
+            if isinstance(item, Change):
+                self._quarantine_change(item, fault)
+            if link is not None:
+                self._strike(link, f"{document.name!r}: {fault}")
+            self._ask_anew(document)
+        elif isinstance(item, Snapshot):
+            self._take_examined(document, asked, item)
+        elif is_here and document.is_broken:
+            due = self._now + self.config.want_retry
+            self._wants.want(item.document, item.writer, item.seq, due)
+        elif is_here and document.is_ready(item):
+            self._deliver_now(link, document, item)
+        elif is_here and not document.version.covers(item.dot):
+            self._pending.park(document, item, asked.peer, self._now)
+
+    def _ask_anew(self, document: Document) -> None:
+        """Something was refused. What else was asked about may build on it."""
+        for asked in self._verdicts.forget(document.name):
+            item = asked.item
+            # A snapshot comes again.
+            if isinstance(item, Change) and self._pending.release(item):
+                if document.is_ready(item) or self._verdicts.is_ready(document, item):
+                    self._examine(self._links.get(asked.peer), document, item)
+                else:
+                    self._pending.park(document, item, asked.peer, self._now)
+
+    def _take_examined(self, document: Document, asked: Asked, snapshot: Snapshot) -> None:
+        try:
+            if not document.is_broken:
+                self._take_in(document, snapshot, asked.agent, asked.size)
+        except ProtocolError as exc:
+            if (link := self._links.get(asked.peer)) is not None:
+                self._strike(link, str(exc))
 
     def _apply(self, link: Link | None, document: Document, change: Change) -> bool:
         try:
+            self._prove(change, is_due=True)
             paths = document.apply(change)
+        except Forked:
+            self._set_aside(change)
+            self._effects.append(Fork(change, change.seq - 1))
+            return False
         except InvalidUpdate as exc:
             self._set_aside(change)
             if link is not None:
                 self._strike(link, f"{change!r}: {exc}")
             return False
         except EngineFailure as exc:
-            self._set_aside(change)
+            self._quarantine_change(change, str(exc))
             self._rebuild(document.name, str(exc))
+            return False
+        except UnknownValidator as exc:
+            self._await_validator(link, change, exc)
             return False
         if not self.documents.observe(change.stamp):
             ahead = (change.stamp >> 16) / 1000 - self.documents.wall_ms() / 1000
@@ -815,9 +998,59 @@ class Sync:
         self._upkeep.note(document, self._now)
         return True
 
+    def _await_validator(self, link: Link | None, change: Change, exc: UnknownValidator) -> None:
+        """Nobody can tell here whether a document admits a change: keep it, and what builds on it,
+        until somebody can, or a snapshot says so. To take it in unjudged could make this replica
+        read something else than all others."""
+        if self._pending.hold(change, link.peer if link is not None else 0, self._now):
+            self._unjudged.append(change)
+        if (exc.document, exc.name) not in self._unknown:
+            self._unknown[exc.document, exc.name] = None
+            self._effects.append(Emit(ValidatorMissing(exc.document, exc.name, str(exc))))
+
+    def _judge_again(self) -> None:
+        """Try again what waits for validators that are registered by now."""
+        found = [key for key in self._unknown if is_known(key[1])]
+        for key in found:
+            del self._unknown[key]
+        if not found:
+            return
+        waiting, self._unjudged = self._unjudged, []
+        for change in waiting:
+            document = self.documents.find(change.document)
+            if self._pending.release(change) and document is not None:
+                if document.is_broken or not document.is_ready(change):
+                    self._wants.want(change.document, change.writer, change.seq, self._now)
+                else:
+                    self._deliver(None, document, change)
+
+    def shown(self, document: Document, now: float) -> None:
+        """What is hidden of a document changed: there may be something to tidy."""
+        self._now = now
+        self._upkeep.note(document, now)
+
+    def _quarantine_change(self, change: Change, reason: str) -> None:
+        who = (change.document, change.writer, change.seq, change.origin.agent)
+        self.quarantine(Aside(change.id, *who, reason[:500]))
+        self._effects.append(Emit(ChangeQuarantined(*who, reason[:500])))
+
+    def quarantine(self, aside: Aside) -> None:
+        """Do not take in this change, until it is released: pycrdt does not survive it."""
+        self._aside[aside.id] = aside
+        if len(self._aside) > QUARANTINE_MAX:
+            self._aside.popitem(last=False)
+
+    def release(self, id: bytes, now: float) -> bool:
+        """Take in a quarantined change after all, once it comes again; False if none was."""
+        self._now = now
+        aside = self._aside.pop(id, None)
+        if aside is not None:
+            self._wants.want(aside.document, aside.writer, aside.seq, now)
+        return aside is not None
+
     def _set_aside(self, change: Change) -> None:
         """Remember a change that cannot be taken in, so as not to try it again and again."""
-        self._quarantine[change.data[:CHECKSUM_BYTES]] = None
+        self._quarantine[_key(change)] = None
         if len(self._quarantine) > QUARANTINE_MAX:
             self._quarantine.popitem(last=False)
 
@@ -855,17 +1088,87 @@ class Sync:
         acked.merge(frame.version)
         own = frame.version.get(self.hello.writer, 0)
         version = self._version(name)
-        if own > version.get(self.hello.writer, 0) and not self._loan.is_earlier(name, own):
-            self._reidentify(f"{link.agent} has {own} changes of this writer in {name!r}")
+        if frame.ids and self._has_forked(link, frame):
             return
-        if own and not frame.full:
+        mine = version.get(self.hello.writer, 0)
+        if own > mine and not self._loan.is_earlier(name, own):
+            if self.authors.have_cards:
+                # It is believed when it shows one: only this replica's own key can have made that.
+                self._send(link.peer, wire.Want(name, ((self.hello.writer, mine + 1, own),)))
+            else:
+                self._reidentify(f"{link.agent} has {own} changes of this writer in {name!r}")
+                return
+        if 0 < own <= mine and not frame.full:
             self.own_acked[name] = max(own, self.own_acked.get(name, 0))
         due = self._now if frame.full else self._now + self.config.want_delay
         for writer, seq in frame.version.items():
-            if seq > version.get(writer, 0):
+            is_own = writer == self.hello.writer and not self._loan.is_earlier(name, seq)
+            if seq > version.get(writer, 0) and not is_own:
                 self._wants.want(name, writer, seq, due)
 
+    def _ids(self, name: str, version: Version) -> bytes:
+        """What a HAVE tells of the ids of changes. Of a writer of whom more was delivered than is
+        committed it is not known."""
+        document = self.documents.find(name)
+        if document is None:
+            return b""
+        ids, here = document.ids, document.version
+        size, none = wire.HAVE_ID_BYTES, bytes(wire.HAVE_ID_BYTES)
+        return b"".join(
+            ids[writer][:size] if here.get(writer) == seq else none
+            for writer, seq in sorted(version.items())
+        )
+
+    def _has_forked(self, link: Link, frame: wire.Have) -> bool:
+        """Whether a peer has another change of this writer than is here, as when a store was
+        restored and written to again. If it has another one of somebody else, it is asked for
+        that."""
+        document = self.documents.find(frame.document)
+        if document is None:
+            return False
+        for place, (writer, seq) in enumerate(sorted(frame.version.items())):
+            theirs = frame.ids[place * wire.HAVE_ID_BYTES : (place + 1) * wire.HAVE_ID_BYTES]
+            if document.version.get(writer, 0) != seq or not any(theirs):
+                continue
+            if document.ids[writer].startswith(theirs):
+                continue
+            if writer == self.hello.writer and not self.authors.have_cards:
+                where = f"change {seq} of this writer in {frame.document!r}"
+                self._reidentify(f"{link.agent} has another {where}")
+                return True
+            if len(link.forks) < FORKS_MAX and (frame.document, writer) not in link.forks:
+                link.forks.add((frame.document, writer))
+                self._send(link.peer, wire.Want(frame.document, ((writer, seq, seq),)))
+        return False
+
+    def closed(self, name: str, writer: int, now: float) -> None:
+        """Nothing more of a writer is taken in, in one document: it counts as delivered to the
+        end (`Document.close_lane`)."""
+        self._now = now
+        document = self.documents.find(name)
+        if document is not None:
+            # What comes next may build on what nobody here has: the store has to know this first.
+            self._save(document)
+            self._retry_pending(document)
+            if writer == self.hello.writer:
+                self._reidentify(f"others have proof that {name!r} is written twice")
+
+    def _compare(self, change: Change) -> None:
+        """A change came whose dot is that of the newest of its writer here: are they the same?"""
+        document = self.documents.find(change.document)
+        if document is None or document.ids.get(change.writer) == change.id:
+            return
+        with suppress(Unproven):
+            self._prove(change, is_due=True)
+            if change.writer == self.hello.writer:
+                where = f"change {change.seq} of this writer in {change.document!r}"
+                self._reidentify(f"there is another {where}")
+            else:
+                self._effects.append(Fork(change, change.seq))
+
     def _on_want(self, link: Link, frame: wire.Want) -> None:
+        if not link.takes(frame.document):
+            raise ProtocolError(f"asks for {frame.document!r}, which it takes no part in")
         ranges = self._serving.on_want(link, frame, self._now)
         if ranges:
             self._effects.append(Fetch(link.peer, frame.document, ranges))
@@ -898,12 +1201,14 @@ class Sync:
         )
 
     def _takes(self, name: str) -> bool:
-        """Whether this replica takes part in a document."""
-        return takes(self.hello.documents, name)
+        """Whether this replica takes part in a document, and may."""
+        return takes(self.hello.documents, name) and self.authors.may_take(name)
 
     # Snapshots
 
     def _on_offer(self, link: Link, frame: wire.Offer) -> None:
+        if not link.may_hand(frame.document):
+            raise ProtocolError(f"offers a snapshot of {frame.document!r}, and may not")
         if self._wants.is_asked(frame.document, link.peer):
             self._downloads.on_offer(link.peer, frame, self._now)
 
@@ -918,10 +1223,11 @@ class Sync:
         snapshot = Snapshot.decode(data)
         if snapshot.document != name:
             raise ProtocolError(f"a snapshot of {snapshot.document!r} in place of {name!r}")
-        self._take_snapshot(snapshot, link.agent, len(data))
+        self._take_snapshot(snapshot, link.agent, len(data), link.peer)
 
-    def _take_snapshot(self, snapshot: Snapshot, agent: str, size: int) -> None:
+    def _take_snapshot(self, snapshot: Snapshot, agent: str, size: int, peer: int = 0) -> None:
         name = snapshot.document
+        snapshot = self.authors.vouch(snapshot)
         own = snapshot.version.get(self.hello.writer, 0)
         is_known = own <= self._version(name).get(self.hello.writer, 0)
         if not is_known and not self._loan.is_earlier(name, own):
@@ -931,6 +1237,14 @@ class Sync:
         if document.is_broken:
             # What it has will be asked for again.
             return
+        if document.shared and self.examines:
+            if self._verdicts.snapshots < SNAPSHOTS_MAX:
+                self._verdicts.ask(document, Asked(name, snapshot, peer, agent, size))
+            return
+        self._take_in(document, snapshot, agent, size)
+
+    def _take_in(self, document: Document, snapshot: Snapshot, agent: str, size: int) -> None:
+        name = document.name
         try:
             paths = document.join(snapshot)
         except EngineFailure as exc:
@@ -965,10 +1279,15 @@ class Sync:
                 continue
             if change.writer == mine and not self._loan.is_earlier(name, change.seq):
                 self._reidentify(f"a checkpoint of {agent} has more of this writer in {name!r}")
-            elif not document.is_ready(change):
-                raise InvalidUpdate(f"{change!r} does not follow what is before it")
-            else:
+            elif document.is_ready(change):
                 self._deliver(None, document, change)
+            elif document.shared and self.examines:
+                if self._verdicts.is_ready(document, change):
+                    self._examine(None, document, change)
+                else:
+                    self._pending.park(document, change, 0, self._now)
+            else:
+                raise InvalidUpdate(f"{change!r} does not follow what is before it")
 
     def _retry_pending(self, document: Document) -> None:
         """After a jump of the version: deliver what became ready, forget what is contained."""
@@ -1107,10 +1426,10 @@ class Sync:
 
     # Identity
 
-    def _reidentify(self, reason: str) -> None:
+    def _reidentify(self, reason: str, *, keeps: bool = False) -> None:
         if not self._is_reidentifying:
             self._is_reidentifying = True
-            self._effects.append(Reidentify(reason))
+            self._effects.append(Reidentify(reason, keeps))
             # What waits may tell of changes that are not to be.
             self._outgoing.clear()
             for link in self._links.values():
@@ -1174,6 +1493,8 @@ class Sync:
             self._ledger.note_time(now)
             self._adopt_at = now + self.config.heartbeat
             self._adopt()
+            if self._unknown:
+                self._judge_again()
 
     def _note_sleep(self, now: float) -> None:
         """If nothing was done here for long, it was this process that slept, not the others."""
@@ -1234,6 +1555,11 @@ class Sync:
         if not link.is_closing and not self._is_reidentifying:
             self._outboxes.push(link, frame, lane)
             self._unsent[link.peer] = None
+
+
+def _key(change: Change) -> bytes:
+    """Names the bytes of a change: the scheme, its id and the proof."""
+    return change.data[: 1 + ID_BYTES + PROOF_BYTES[change.data[0]]]
 
 
 def _bye_code(number: int) -> wire.ByeCode:

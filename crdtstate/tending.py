@@ -95,9 +95,11 @@ class Tending:
         """The checkpoints that a tier should have. Old ones are the archive's, once it is sure to
         have them."""
         archive = self._catalogue.shelves[-1]
-        ids = set(self._catalogue.manifests)
+        ids = set(self._catalogue.believed())
+        # What nobody believes stays where it is, and is not spread further.
+        others = self._catalogue.manifests.keys() & shelf.ids - ids
         if shelf.is_archive or not archive.is_archive:
-            return ids
+            return ids | others
         stay = near(self._catalogue.retention, ids)
         stay.update(sorted(ids & self._catalogue.verified)[-1:])
         for id in (ids - stay) & shelf.ids & archive.ids - archive.proven:
@@ -106,7 +108,8 @@ class Tending:
             except (CorruptCheckpoint, TierError):
                 continue
         # What the archive lacks stays where it is, and is not spread further.
-        return {id for id in ids if id in stay or (id in shelf.ids and id not in archive.proven)}
+        held = {id for id in ids if id in shelf.ids and id not in archive.proven}
+        return (ids & stay) | held | others
 
     async def _complete(self, shelf: Shelf, id: str, items: dict[str, Item]) -> None:
         """Bring to a tier what it lacks of a checkpoint. Raises CorruptCheckpoint if no other tier

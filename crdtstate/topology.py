@@ -326,6 +326,8 @@ def is_dialable(address: str, may_local: bool) -> bool:
         host, port = parts.hostname, parts.port
     except ValueError:
         return False
+    if parts.scheme == "unix":
+        return may_local and not parts.netloc and parts.path.startswith("/")
     if parts.scheme not in ("ws", "wss", "memory") or not host or port == 0:
         return False
     # Resolvers take 127.1 and 0x7f.1 for numbers, whose meaning is better not guessed.
@@ -338,7 +340,7 @@ def is_dialable(address: str, may_local: bool) -> bool:
 def is_loopback(address: str) -> bool:
     """Whether an address leads to whoever dials it."""
     host = (urlsplit(address).hostname or "").removesuffix(".")
-    if host.rpartition(".")[2] == "localhost" or address.startswith("memory:"):
+    if host.rpartition(".")[2] == "localhost" or address.startswith(("memory:", "unix:")):
         return True
     found = _ip(host)
     if isinstance(found, IPv6Address):

@@ -79,7 +79,8 @@ async def checkpoint(home: Replica, command: Command) -> dict[str, Any]:
     """Make a checkpoint that has everything in the cut."""
     arguments = command.arguments
     label = label_of(_get(arguments, "label", str), command.id)
-    made = next((each for each in home.checkpoints() if each.label == label), None)
+    there = (each for each in home.checkpoints() if each.is_proven)
+    made = next((each for each in there if each.label == label), None)
     if made is None:
         await _reach(home, _get(arguments, "cut", str), _get(arguments, "patience", float))
         made = await home.checkpoint(label)
@@ -111,6 +112,7 @@ async def restore(home: Replica, command: Command) -> dict[str, Any]:
     wanted = [name for name in names if name in there]
     changed = 0
     if wanted:
+        await home._checkpoints.check_believed(id)
         told = f"restore of the system to {_get(arguments, 'checkpoint', str)}"
         run = f"restore {command.id}"
         changed = len(await home.restore(id, documents=wanted, message=told, run=run))

@@ -27,6 +27,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 import msgpack
 import zstandard
 
+from crdtstate.change import CARD_HEAD
 from crdtstate.clock import SEQ_MAX, WRITER_MAX, Version
 from crdtstate.digests import FANOUT, LEAF_MAX, PREFIX_BYTES_MAX
 from crdtstate.errors import ProtocolError, UsageError
@@ -55,6 +56,7 @@ BUNDLE_FRAMES_MAX = 256
 CHANGES_MAX = 4096
 RANGES_MAX = 4096
 VERSION_ENTRIES_MAX = 200_000
+HAVE_ID_BYTES = 8
 NEIGHBOURS_MAX = 16
 """Neighbours named in a heartbeat, and links in a record: as many as a complete mesh has."""
 
@@ -163,6 +165,8 @@ class Hello:
     """It has a store."""
     documents: tuple[str, ...] | None = None
     """The names of the documents it takes part in, ``x*`` for all that begin with x; None: all."""
+    head: bytes = b""
+    """In a signed mesh, what the number of its writer is made of beside the key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +263,9 @@ class Have:
     version: Version
     full: bool = False
     """All writers are named; otherwise only those that moved since the last Have."""
+    ids: bytes = b""
+    """The first HAVE_ID_BYTES of the id of each writer's change, in the order of writers; zeros
+    where the sender does not know. Empty: nothing is said of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -495,8 +502,8 @@ def _to_array(frame: Frame) -> tuple[Any, ...]:
     match frame:
         case Changes(changes, answer, more):
             return (16, changes, answer, more)
-        case Have(document, version, full):
-            return (17, document, version.flat(), full)
+        case Have(document, version, full, ids):
+            return (17, document, version.flat(), full, ids)
         case Want(document, ranges):
             return (18, document, tuple(chain.from_iterable(ranges)))
         case Heartbeat(fingerprint, neighbours, priority, root, wave, hops, is_parent, members):
@@ -517,9 +524,9 @@ def _to_array(frame: Frame) -> tuple[Any, ...]:
             return (26, document, digest, offset, data)
         case Busy(document, retry_after_ms):
             return (28, document, retry_after_ms)
-        case Hello(low, high, writer, session, agent, role, address, is_durable, documents):
+        case Hello(low, high, writer, session, agent, role, address, is_durable, documents, head):
             who = (writer, session, agent, ROLES.index(role), address, is_durable)
-            return (0, low, high, *who, documents is not None, documents or ())
+            return (0, low, high, *who, documents is not None, documents or (), head)
         case Ask(nonce, attempt, names, document, version, durable, tell):
             return (34, nonce, attempt, names, document, version.flat(), durable, tell)
         case Answer(nonce, agent, version, hops):
@@ -655,8 +662,8 @@ def _read_frame(source: msgpack.Unpacker, length: int, kind: int) -> Frame | Non
 
 
 _LENGTHS = {
-    **{0: 11, 2: 3, 3: 10, 4: 4, 5: 3},
-    **{16: 4, 17: 4, 18: 3, 24: 4, 25: 4, 26: 5, 28: 3},
+    **{0: 12, 2: 3, 3: 10, 4: 4, 5: 3},
+    **{16: 4, 17: 5, 18: 3, 24: 4, 25: 4, 26: 5, 28: 3},
     **{34: 8, 35: 5, 36: 1, 37: 4, 38: 4, 40: 6},
     **{128: 8, 129: 3, 130: 9, 131: 8},
 }
@@ -670,7 +677,11 @@ def _read_fields(source: msgpack.Unpacker, kind: int) -> Frame:
             changes = _read_array(source, CHANGES_MAX, bytes)
             return Changes(changes, _flag(read()), _flag(read()))
         case 17:
-            return Have(_name(read()), _read_version(source), _flag(read()))
+            name, version, full = _name(read()), _read_version(source), _flag(read())
+            ids = _sized(read(), bytes, 0, HAVE_ID_BYTES * len(version))
+            if ids and len(ids) != HAVE_ID_BYTES * len(version):
+                raise ProtocolError("a Have with ids of others than it names")
+            return Have(name, version, full, ids)
         case 18:
             return Want(_name(read()), _read_ranges(source))
         case 3:
@@ -760,6 +771,7 @@ def _read_fields(source: msgpack.Unpacker, kind: int) -> Frame:
                 address=_address(read()),
                 is_durable=_flag(read()),
                 documents=_read_patterns(source),
+                head=_sized(read(), bytes, 0, CARD_HEAD),
             )
 
 

@@ -5,6 +5,11 @@ With ``-n`` tests run in several processes; ``--dist loadfile`` leaves those of 
 and in order, as some tell one story with one fixture.
 """
 
+import atexit
+import os
+import shutil
+import tempfile
+
 from hypothesis import settings
 from servers import bucket, redis_server, s3_credentials, s3_server
 
@@ -13,3 +18,9 @@ __all__ = ["bucket", "redis_server", "s3_credentials", "s3_server"]
 # How fast something is is not a matter of tests, least of all beside others.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+# The host's secret is one for all tests, of whatever process, and not that of who runs them.
+if "CRDTSTATE_TESTS" not in os.environ:
+    folder = tempfile.mkdtemp(prefix="crdt-")
+    os.environ["CRDTSTATE_TESTS"] = os.environ["XDG_STATE_HOME"] = folder
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)

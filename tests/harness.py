@@ -8,8 +8,13 @@ import itertools
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from crdtstate.admission import Door
 from crdtstate.change import Change, Snapshot, decode_change
+from crdtstate.connections import reach
+from crdtstate.credentials import open_credentials
 from crdtstate.documents import DocumentSet
+from crdtstate.limits import Limits
+from crdtstate.transports import Connection
 
 _ticks = itertools.count(1_000_000)
 
@@ -76,3 +81,9 @@ def asynchronous(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[...
         asyncio.run(bounded())
 
     return run
+
+
+async def join(url: str) -> Connection:
+    """A connection to a replica on this machine, after the handshake: who has it speaks frames."""
+    connection, _ = await reach(url, Door(open_credentials(None), Limits()), None)
+    return connection

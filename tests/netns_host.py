@@ -35,6 +35,7 @@ from crdtstate.relay import leash
 
 TOLD = (MemberUp, MemberSuspected, MemberDown, MemberRetired, PeerConnected, PeerDisconnected)
 HOT_KEYS = 7
+WORDS = "words that all hosts of this test know"
 
 
 def say(**line: Any) -> None:
@@ -146,7 +147,9 @@ async def run(name: str, role: str, listen: str, store: str, peers: list[str]) -
         loop.call_soon_threadsafe(commands.put_nowait, line)
 
     leash.follow(lambda: put(None), put)
-    async with Replica(name, role=role, listen=listen, store=store, peers=peers) as replica:
+    async with Replica(
+        name, role=role, listen=listen, store=store, peers=peers, mesh=WORDS
+    ) as replica:
         for kind in TOLD:
             replica.on(kind, lambda event: say(event=type(event).__name__, agent=event.agent))
         host = Host(replica)

@@ -744,11 +744,13 @@ def test_a_flag_goes_before_a_variable_and_that_before_the_file(run, tmp_path, m
     file = tmp_path / "relay.toml"
     file.write_text(
         'name = "filed"\ndurability = "power"\ndrain = 1.5\npeers = ["ws://10.0.0.5:1"]\n'
-        "[config]\nheartbeat = 2\noutbox_bytes = 4096\n"
+        'mesh = "relay.join"\n[config]\nheartbeat = 2\noutbox_bytes = 4096\n'
+        "[limits]\nhalf_open = 32\nspare_loopback = false\n"
     )
     monkeypatch.setenv("CRDTSTATE_RELAY_NAME", "varied")
     monkeypatch.setenv("CRDTSTATE_RELAY_DRAIN", "2")
     monkeypatch.setenv("CRDTSTATE_RELAY_CONFIG_HEARTBEAT", "3")
+    monkeypatch.setenv("CRDTSTATE_RELAY_LIMITS_HALF_OPEN", "16")
     monkeypatch.setenv("CRDTSTATE_RELAY_STORE", "")
 
     code, out, err = run(f"relay --config {file} --drain 0 --check-config")
@@ -760,6 +762,7 @@ def test_a_flag_goes_before_a_variable_and_that_before_the_file(run, tmp_path, m
     assert found["peers"] == ["ws://10.0.0.5:1"]
     assert (found["config"]["heartbeat"], found["config"]["outbox_bytes"]) == (3, 4096)
     assert found["config"]["link_timeout"] == 10
+    assert (found["limits"]["half_open"], found["limits"]["spare_loopback"]) == (16, False)
     for line in (
         "drain = 0.0  # --drain",
         'name = "varied"  # CRDTSTATE_RELAY_NAME',
@@ -777,13 +780,15 @@ def test_a_flag_goes_before_a_variable_and_that_before_the_file(run, tmp_path, m
     assert told["sources"]["durability"] == str(again) and told["json"] is True
     # TOML has no null.
     set_ = {key: value for key, value in told["config"].items() if value is not None}
-    assert set_ == found["config"]
+    assert set_ == found["config"] and told["limits"] == found["limits"]
 
 
 def test_each_setting_can_come_from_everywhere(run, tmp_path, monkeypatch):
     texts = {
         "listen": ("ws://127.0.0.1:0", "ws://127.0.0.1:0"),
         "advertise": ("wss://relay.example/mesh", "wss://relay.example/mesh"),
+        "mesh": ("relay.join", "relay.join"),
+        "token-file": ("relay.token", "relay.token"),
         "store": ("a.db", "a.db"),
         "peers": (["ws://a:1", "ws://b:1"], "ws://a:1, ws://b:1"),
         "checkpoints": (["memory://", "sqlite:///c.db"], "memory:// sqlite:///c.db"),
@@ -799,7 +804,7 @@ def test_each_setting_can_come_from_everywhere(run, tmp_path, monkeypatch):
 
     filed = json.loads(run(f"relay --check-config --config {file}").out)
     for key, (_, text) in texts.items():
-        monkeypatch.setenv(f"CRDTSTATE_RELAY_{key.upper()}", text)
+        monkeypatch.setenv(f"CRDTSTATE_RELAY_{key.upper().replace('-', '_')}", text)
     varied = json.loads(run("relay --check-config").out)
 
     for found in (filed, varied):
@@ -834,9 +839,9 @@ def test_each_setting_can_come_from_everywhere(run, tmp_path, monkeypatch):
         ("[config]\nheartbeat = -1", "config.heartbeat: Config.heartbeat must be a number above 0"),
         ("tls-key = 'k'", "tls-key needs tls-certificate as well"),
         ("tls-certificate = 'c'", "tls-certificate: only wss:// takes it, not ws://127.0.0.1:8765"),
-        ("listen = 'wss://a:1'", "listen: wss:// needs tls-certificate and tls-key"),
+        ("listen = 'wss://localhost:1'", "listen: wss:// needs tls-certificate and tls-key"),
         (
-            "listen = 'wss://a:1'\ntls-certificate = 'absent'",
+            "listen = 'wss://localhost:1'\ntls-certificate = 'absent'",
             "tls-certificate 'absent': No such file or directory",
         ),
     ],
@@ -877,7 +882,7 @@ def test_without_the_extra_settings_are_the_same(tmp_path):
     file.write_text('name = "filed"\n')
     told = []
     for bare in (False, True):
-        flags = ("--config", str(file), "--drain", "0", "--peer", "ws://a:1", "--check-config")
+        flags = ("--config", str(file), "--drain", "0", "--peer", "ws://localhost:1", "--check-config")
         with start("relay", *flags, bare=bare) as process:
             told.append(process.communicate(timeout=20))
 
@@ -985,9 +990,23 @@ def test_a_relay_says_who_can_reach_it_and_what_it_keeps(tmp_path, bare):
 
     assert noted(LOCAL, "--store", str(tmp_path / "relay.db")) == noted(LOCAL, "--json") == ""
     assert noted(LOCAL) == "crdtstate: everything is kept in memory only; see --store\n"
-    warning = noted("ws://0.0.0.0:0", "--json")
-    assert warning.startswith("crdtstate: warning: who can reach ws://0.0.0.0:")
-    assert warning.endswith(" can read and write everything\n") and warning.count("\n") == 1
+    words = tmp_path / "words"
+    words.write_text("what all of us know")
+    words.chmod(0o600)
+    warning = noted("ws://0.0.0.0:0", "--json", "--mesh", str(words))
+    assert warning.startswith("crdtstate: warning: what is said at ws://0.0.0.0:")
+    assert warning.endswith(" is not encrypted; see wss://\n") and warning.count("\n") == 1
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["with the extra", "without"])
+@pytest.mark.parametrize("flag", ["--listen ws://0.0.0.0:0", "--peer ws://10.0.0.5:1"])
+def test_a_relay_without_a_mesh_stays_on_this_machine_and_says_how_to_make_one(flag, bare):
+    with start("relay", *flag.split(), bare=bare) as process:
+        out, err = process.communicate(timeout=20)
+
+    assert (process.returncode, out, err.count("\n")) == (2, "", 1)
+    assert f"crdtstate: {flag.split()[0]}: {flag.split()[1]}: beyond this machine" in err
+    assert "`crdtstate mesh create`" in err and "`crdtstate invite NAME`" in err
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,11 @@ best: 9
 leader: bob by vote
 audit: ['resolution by resolve', 'vote by vote', 'decision by vote']
 """,
+    "mesh_over_tls.py": """\
+bob reads: ship it
+eve is told: it is not of this mesh; see mesh=
+eve has: []
+""",
     "controller.py": """\
 in every checkpoint: 4 agents, missing ()
   agent-1  fulfilled: 'paused: budget'

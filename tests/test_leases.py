@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import asynchronous
+from harness import asynchronous, join
 from test_replica import LOCAL, url
 from test_sync import CONFIG, Node, connect, exchange, run
 
@@ -22,7 +22,7 @@ from crdtstate.clock import Dot
 from crdtstate.document import Document
 from crdtstate.leases import FREE_MAX, Leases
 from crdtstate.sync import Sync
-from crdtstate.transports import Connection, dial, listen
+from crdtstate.transports import Connection, listen
 from crdtstate.transports.memory import MemoryConnection
 from crdtstate.wire import decode_message, encode_frame, encode_message
 
@@ -530,7 +530,7 @@ async def test_a_stranger_s_return_is_not_believed_when_it_does_not_match() -> N
         async with Replica("a", peers=[url(relay)], lease=True) as borrowing:
             borrowing.map("plan")["a"] = 1
             await borrowing.synced(timeout=10)
-            connection = await dial(url(relay), timeout=5)
+            connection = await join(url(relay))
             hello = wire.Hello(1, 1, 7, 1, "mallory")
             frames = [hello, wire.Return(borrowing.writer, {}), wire.Return(123, {})]
             frames += [wire.Return(borrowing.writer, {"main": 9}), wire.Borrow()]

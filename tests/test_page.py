@@ -22,7 +22,9 @@ from playwright.sync_api import Browser, Locator, Page, Request, expect, sync_pl
 from test_relay import end, fetch, running, start
 
 from crdtstate import blocking
+from crdtstate.credentials import open_host_credentials
 from crdtstate.relay.pages import ASSETS
+from crdtstate.relay.tokens import page_of, token_of
 
 CHROMIUM = "/usr/bin/chromium"
 PATIENCE_MS = 20_000
@@ -94,10 +96,10 @@ def watching(browser: Browser, address: str, **options: Any) -> Iterator[Watched
     context = browser.new_context(**options)
     watched = Watched(context.new_page())
     url = address.replace("ws:", "http:")
-    watched.page.goto(f"{url}/")
+    watched.page.goto(page_of(address, token_of(open_host_credentials())))
     expect(watched.page.locator("#link")).to_have_attribute("data-state", "live")
     yield watched
-    assert watched.complaints == []
+    assert watched.complaints == [] and watched.page.url == f"{url}/"
     assert {request.rpartition("/")[0] for request in watched.requests} == {url}
     context.close()
 
@@ -215,7 +217,7 @@ def test_the_keyboard_reaches_everything(browser, relay):
         assert seen[0] == "Skip to the members" and node.startswith(
             "relay-1: this relay, up, ws://"
         )
-        assert rest == ["members", *titles, "healthz", "metrics", "status", "digest"]
+        assert rest == ["members", *titles, "healthz"]
 
         watched.node("relay-1").focus()
         about = page.locator("#about")
@@ -236,7 +238,7 @@ def test_it_says_when_the_relay_is_gone_and_finds_it_again(browser, tmp_path):
     with running("--store", store) as (process, address):
         context = browser.new_context()
         page = Watched(context.new_page()).page
-        page.goto(address.replace("ws:", "http:"))
+        page.goto(page_of(address, token_of(open_host_credentials())))
         expect(page.locator("#link")).to_have_attribute("data-state", "live")
 
         assert end(process, 15)[0] == 0
@@ -250,6 +252,21 @@ def test_it_says_when_the_relay_is_gone_and_finds_it_again(browser, tmp_path):
         expect(page.locator("#health")).to_have_text("ready")
         context.close()
         again.terminate()
+
+
+def test_without_the_token_it_shows_nothing_and_says_what_to_do(browser, relay):
+    context = browser.new_context()
+    page = context.new_page()
+    for url in (f"{relay.replace('ws:', 'http:')}/", page_of(relay, "guessed")):
+        page.goto(url)
+        expect(page.locator("#gone")).to_contain_text("Open the URL that crdtstate page prints")
+        assert page.evaluate("sessionStorage.length") == 0
+        assert page.locator("#member-rows tr").count() == 0
+
+    page.goto(page_of(relay, token_of(open_host_credentials())))
+    page.reload()
+    expect(page.locator("#link")).to_have_attribute("data-state", "live")
+    context.close()
 
 
 def test_it_says_what_keeps_a_relay_from_its_peers(browser):

@@ -26,12 +26,16 @@ from harness import asynchronous
 from prometheus_client.parser import text_string_to_metric_families
 
 from crdtstate import Config, PeerDisconnected, Replica, blocking
+from crdtstate.credentials import open_host_credentials
 from crdtstate.errors import WaitTimeout
 from crdtstate.relay import digest, digests, holdings, live, metrics
 from crdtstate.relay.pages import DISK_FREE_MIN, Site
-from crdtstate.transports import HttpStream, listen, websocket
+from crdtstate.relay.tokens import token_of
+from crdtstate.transports import HttpRequest, HttpStream, listen, websocket
 
 LOCAL = "ws://127.0.0.1:0"
+
+TOKEN = "what opens the pages"
 
 # Runs ``python -m crdtstate`` where typer and rich cannot be imported.
 BARE = """
@@ -71,9 +75,18 @@ def end(process: subprocess.Popen[str], number: int) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+def bearer() -> dict[str, str]:
+    """What opens the pages of all relays on this machine."""
+    return {"Authorization": f"Bearer {token_of(open_host_credentials())}"}
+
+
+def request(address: str, page: str, **headers: str) -> urllib.request.Request:
+    return urllib.request.Request(address.replace("ws:", "http:") + page, headers=headers)
+
+
 def fetch(address: str, page: str) -> tuple[int, Any]:
     try:
-        with urllib.request.urlopen(address.replace("ws:", "http:") + page, timeout=10) as answer:
+        with urllib.request.urlopen(request(address, page, **bearer()), timeout=10) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as exc:
         with exc:
@@ -191,8 +204,8 @@ def test_it_tells_its_health_status_and_digests():
 @asynccontextmanager
 async def site(**options: Any) -> AsyncGenerator[Site, None]:
     """A relay in this process."""
-    replica = Replica("relay", role="relay", http=lambda path: made.answer(path), **options)
-    made = Site(replica)
+    replica = Replica("relay", role="relay", http=lambda asked: made.answer(asked), **options)
+    made = Site(replica, lambda token: token == TOKEN)
     async with replica:
         yield made
 
@@ -202,7 +215,7 @@ async def test_one_that_is_closed_is_not_healthy():
     async with site() as relay:
         assert relay.health()["ready"]
 
-    answer = relay.answer("/healthz")
+    answer = relay.answer(HttpRequest("/healthz"))
     assert answer.status == 503
     assert json.loads(answer.body)["why"] == ["it is closing"]
 
@@ -214,7 +227,7 @@ async def test_one_whose_store_fails_says_why_it_is_not_healthy(tmp_path):
         assert store.failure is None
         store.failure = OSError("the disk is full")
 
-        answer = relay.answer("/healthz")
+        answer = relay.answer(HttpRequest("/healthz"))
         measured = metrics_of(relay)
         store.failure = None
 
@@ -251,14 +264,13 @@ def parsed(text: str) -> dict[str, float]:
 
 
 def metrics_of(relay: Site) -> dict[str, float]:
-    answer = relay.answer("/metrics")
+    answer = relay.answer(HttpRequest("/metrics", TOKEN))
     assert answer.content_type == "text/plain; version=0.0.4; charset=utf-8"
     return parsed(answer.body.decode())
 
 
 def fetch_metrics(address: str) -> dict[str, float]:
-    url = address.replace("ws:", "http:") + "/metrics"
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(request(address, "/metrics", **bearer()), timeout=10) as answer:
         return parsed(answer.read().decode())
 
 
@@ -406,12 +418,17 @@ def sections(text: str | bytes) -> dict[str, Any]:
     return json.loads(text)
 
 
+@asynccontextmanager
+async def page_of(address: str | None, token: str = TOKEN) -> AsyncGenerator[Any, None]:
+    """The stream of a relay's page, opened as the page does."""
+    async with websockets.connect(f"{address}/live", proxy=None) as page:
+        await page.send(token)
+        yield page
+
+
 @asynchronous
 async def test_the_stream_tells_everything_once_and_then_what_changed():
-    async with (
-        site(listen=LOCAL) as relay,
-        websockets.connect(f"{relay.replica.address}/live", proxy=None) as page,
-    ):
+    async with site(listen=LOCAL) as relay, page_of(relay.replica.address) as page:
         first = sections(await page.recv())
         assert first.keys() == {"relay", "members", "documents", "conflicts", "events"}
         assert [member["agent"] for member in first["members"]] == ["relay"]
@@ -436,19 +453,92 @@ async def test_only_so_many_may_watch_and_those_who_leave_make_room(monkeypatch)
     monkeypatch.setattr(live, "VIEWERS_MAX", 2)
     monkeypatch.setattr("crdtstate.relay.pages.VIEWERS_MAX", 2)
     async with site(listen=LOCAL) as relay:
-        url = f"{relay.replica.address}/live"
-        one = await websockets.connect(url, proxy=None)
-        async with websockets.connect(url, proxy=None) as two:
+        address = relay.replica.address
+        async with page_of(address) as one, page_of(address) as two:
             await one.recv(), await two.recv()
 
             with pytest.raises(websockets.InvalidStatus) as refused:
-                await websockets.connect(url, proxy=None)
+                await websockets.connect(f"{address}/live", proxy=None)
             assert refused.value.response.status_code == 503
-        await one.close()
         await settled(lambda: relay.live.viewers == 0)
 
-        async with websockets.connect(url, proxy=None) as three:
+        async with page_of(address) as three:
             assert sections(await three.recv())
+
+
+@asynchronous
+async def test_the_stream_is_for_those_who_know_the_token():
+    async with site(listen=LOCAL) as relay:
+        for wrong in ("", "what opens", TOKEN + " ", TOKEN.upper(), "\u2028"):
+            async with page_of(relay.replica.address, wrong) as page:
+                with pytest.raises(websockets.ConnectionClosed):
+                    await page.recv()
+                assert (page.close_code, page.close_reason) == (4401, "it needs the token")
+        async with websockets.connect(f"{relay.replica.address}/live", proxy=None) as page:
+            await page.send(TOKEN.encode())
+            with pytest.raises(websockets.ConnectionClosed):
+                await page.recv()
+        assert relay.live.viewers == 0
+
+
+def test_other_users_of_the_machine_are_told_its_health_and_nothing_else():
+    with running() as (_, address):
+        for page in ("/metrics", "/status", "/digest"):
+            for headers in ({}, {"Authorization": "Bearer x"}, {"Authorization": "Basic eDp4"}):
+                with pytest.raises(urllib.error.HTTPError) as refused:
+                    urllib.request.urlopen(request(address, page, **headers), timeout=10)
+                with refused.value as answer:
+                    assert answer.code == 401 and answer.headers["WWW-Authenticate"] == "Bearer"
+                    assert b"relay" not in answer.read()
+            assert asked(address, page, f"Host: {address[5:]}") == 401
+        for page in ("/", "/page.js", "/healthz"):
+            urllib.request.urlopen(request(address, page), timeout=10).close()
+
+
+def test_a_relay_of_members_has_a_token_of_its_own(tmp_path):
+    root, join = tmp_path / "root", tmp_path / "relay.join"
+    for command in (
+        ["mesh", "create", str(root)],
+        ["invite", "relay", "--root", str(root), "--roles", "*:rw", "--out", str(join)],
+    ):
+        with start(*command) as process:
+            assert process.wait(timeout=20) == 0, process.communicate()
+    store = tmp_path / "relay.db"
+    told = tmp_path / "relay.db.token"
+    with running("--store", str(store), "--mesh", str(join)) as (_, address):
+        token = told.read_text().strip()
+        assert told.stat().st_mode & 0o777 == 0o600 and len(token) >= 43
+        assert fetch(address, "/status")[0] == 401
+        opens = request(address, "/status", Authorization=f"Bearer {token}")
+        with urllib.request.urlopen(opens, timeout=10) as answer:
+            assert json.load(answer)["agent"] == "relay"
+
+
+def test_the_token_is_in_no_log_however_much_is_logged(tmp_path):
+    script = "import logging; logging.basicConfig(level=1)\n" + BARE
+    script = script.replace('sys.modules["typer"] = sys.modules["rich"] = None\n', "")
+    listening = ["relay", "--listen", LOCAL]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", script, *listening], **pipes) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[-1]
+        (token,) = (each.removeprefix("Bearer ") for each in bearer().values())
+        assert fetch(address, "/status")[0] == 200
+
+        async def watch() -> None:
+            async with page_of(address, token) as page:
+                await page.recv()
+
+        asyncio.run(watch())
+        with blocking.Replica("a", peers=[address]) as a:
+            a.map("plan")["goal"] = "ship it"
+            a.synced(timeout=20)
+        code, out, err = end(process, signal.SIGTERM)
+
+    assert code == 0 and "GET /live" in err and "Authorization" in err
+    secret = open_host_credentials().secrets[0]
+    for hidden in (token, repr(secret)[2:-1], secret.hex()):
+        assert hidden not in out + err
 
 
 @asynchronous
@@ -466,7 +556,7 @@ async def test_a_viewer_that_does_not_keep_up_or_speaks_is_hung_up_on(monkeypatc
     async def accept(connection: Any) -> None:
         raise AssertionError("this is no part of the mesh")
 
-    listener = await listen(LOCAL, accept, http=lambda path: HttpStream(flood))
+    listener = await listen(LOCAL, accept, http=lambda _: HttpStream(flood))
     reader, writer = await asyncio.open_connection("127.0.0.1", int(listener.address[-5:]))
     key = "Sec-WebSocket-Key: x3JJHMbDL1EzLkh9GBhXDw==\r\nSec-WebSocket-Version: 13"
     head = f"GET /live HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n{key}"
@@ -527,14 +617,19 @@ def test_only_the_relays_own_page_gets_the_stream_and_no_page_the_mesh():
             ((f"Host: {host}", "Origin: null"), 403),
             ((f"Host: {host}", "Origin:"), 403),
             ((f"Host: {host}", f"Origin: file://{host}"), 403),
-            ((f"Host: {host}", f"Origin: http://{host}", "Origin: https://evil.example"), 403),
+            ((f"Host: {host}", f"Origin: http://{host}", "Origin: https://evil.example"), 400),
+            ((f"Host: {host}", f"Host: {host}"), 421),
+            ((f"Host: {host}", "Sec-Fetch-Site: cross-site"), 403),
+            ((f"Host: {host}", "Sec-Fetch-Site: same-site"), 403),
+            ((f"Host: {host}", "Sec-Fetch-Site: same-origin"), 101),
             (("Host: evil.example", "Origin: http://evil.example"), 421),
             ((), 421),
         ):
             assert asked(address, "/live", *headers) == code, headers
         for path in ("/mesh", "/"):
             assert asked(address, path, f"Host: {host}") == 101
-            assert asked(address, path, f"Host: {host}", f"Origin: http://{host}") == 403
+            for browser in (f"Origin: http://{host}", "Sec-Fetch-Site: same-origin"):
+                assert asked(address, path, f"Host: {host}", browser) == 403
         for path in ("/healthz", "/page.js", "/live/more"):
             assert asked(address, path, f"Host: {host}") == 404
         assert fetch(address, "/live") == (426, "Open a websocket.\n")

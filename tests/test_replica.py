@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import asynchronous
+from harness import asynchronous, join
 
 from crdtstate import (
     Changed,
@@ -37,7 +37,6 @@ from crdtstate import (
 )
 from crdtstate.change import Origin, encode_change
 from crdtstate.clock import Dot, Version
-from crdtstate.transports import dial
 from crdtstate.wire import (
     Bye,
     Changes,
@@ -427,7 +426,7 @@ async def test_native_edits_are_announced_here_too() -> None:
 @asynchronous
 async def test_a_timeout_tells_what_was_refused_of_peers() -> None:
     async with Replica("ann", listen=LOCAL) as ann:
-        connection = await dial(url(ann), timeout=5)
+        connection = await join(url(ann))
         hello = Hello(1, 1, 7, 1, "mallory")
         junk = encode_change("main", Dot(7, 1), {}, 1, 0, False, b"junk", Origin("mallory"))
         have = Have("main", Version({7: 2}), True)
@@ -532,7 +531,7 @@ async def test_dialling_itself_is_noticed_and_given_up() -> None:
 
 async def hello(address: str, **changes: Any) -> tuple[Any, list[Any]]:
     """Introduce ourselves by hand; return the connection and what comes back."""
-    connection = await dial(address, timeout=5)
+    connection = await join(address)
     fields: dict[str, Any] = {"proto_min": 1, "proto_max": 1, "writer": 5, "session": 6}
     frame = Hello(**(fields | {"agent": "stranger"} | changes))
     await connection.send(encode_message([encode_frame(frame)]))
@@ -763,7 +762,8 @@ async def test_status_is_made_of_plain_values(tmp_path: Path) -> None:
 async def test_members_are_told_where_a_replica_can_be_reached(
     listen: str, advertise: str | None, told: str | None
 ) -> None:
-    async with Replica("ann", listen=listen, advertise=advertise) as ann:
+    words = "all of us know these words"
+    async with Replica("ann", listen=listen, advertise=advertise, mesh=words) as ann:
         (member,) = ann.members()
 
         assert member.address == (ann.address if told == "where it listens" else told)

@@ -456,7 +456,8 @@ def test_have_names_only_what_is_committed() -> None:
     assert not two.frames(wire.Have)
     two.commit()
     run(one, two, seconds=1)
-    assert two.frames(wire.Have) == [wire.Have("main", Version({1: 1}), False)]
+    id = one.document("main").ids[1][: wire.HAVE_ID_BYTES]
+    assert two.frames(wire.Have) == [wire.Have("main", Version({1: 1}), False, id)]
     assert one.core.is_synced()
 
 

@@ -263,6 +263,8 @@ def test_oneself_is_dialled_once() -> None:
         "ws://host-2:port",
         "ws://host-2:99999",
         "memory://",
+        "unix://",
+        "unix://host/mesh.sock",
         "ws://127.1:80",
         "ws://2130706433",
         "ws://0x7f.1",
@@ -283,6 +285,7 @@ LOOPBACK = [
     "ws://0.0.0.0:9000",
     "ws://[::]",
     "memory://agent-1",
+    "unix:///run/user/1000/mesh.sock",
 ]
 
 

@@ -5,7 +5,8 @@ import functools
 import shutil
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,25 @@ import websockets
 from servers import make_certificate
 
 from crdtstate.errors import ProtocolError, TransportError, UsageError
-from crdtstate.transports import Connection, HttpAnswer, Listener, dial, listen
+from crdtstate.transports import Connection, HttpAnswer, HttpRequest, Listener, dial, listen
 from crdtstate.wire import MESSAGE_BYTES_MAX
 
-URLS = ["memory://contract", "ws://127.0.0.1:0"]
+URLS = ["memory://contract", "ws://127.0.0.1:0", "unix"]
 
-every_transport = pytest.mark.parametrize("url", URLS)
+
+@pytest.fixture(params=URLS)
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param != "unix":
+        yield request.param
+        return
+    # Short: the names of sockets may have 100 characters.
+    with tempfile.TemporaryDirectory(prefix="crdt-") as folder:
+        yield f"unix://{folder}/mesh.sock"
+
+
+def every_transport(test: Callable[..., None]) -> Callable[..., None]:
+    """A test that takes a `url`."""
+    return test
 
 
 def in_a_loop(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
@@ -339,13 +353,28 @@ async def test_a_server_that_fails_is_logged_and_harms_only_its_connection(
     assert [record.exc_text or "" for record in caplog.records if "a bug" in caplog.text]
 
 
-@pytest.mark.parametrize("url", ["http://host", "localhost:8765", "ws://", "memory://", "ws://h:x"])
+NO_URLS = [
+    "http://host",
+    "localhost:8765",
+    "ws://",
+    "memory://",
+    "ws://h:x",
+    "unix://",
+    "unix:///",
+    "unix://relative/mesh.sock",
+    "unix:///tmp/" + 100 * "x",
+    "unix:///tmp/a?b",
+    "unix:///tmp/a%00b",
+]
+
+
+@pytest.mark.parametrize("text", NO_URLS)
 @in_a_loop
-async def test_what_is_no_url_of_ours_is_refused_before_anything_happens(url: str) -> None:
+async def test_what_is_no_url_of_ours_is_refused_before_anything_happens(text: str) -> None:
     with pytest.raises(UsageError):
-        await dial(url)
+        await dial(text)
     with pytest.raises(UsageError):
-        await listen(url, hold)
+        await listen(text, hold)
 
 
 # Websockets only
@@ -353,8 +382,10 @@ async def test_what_is_no_url_of_ours_is_refused_before_anything_happens(url: st
 
 @asynccontextmanager
 async def listening(url: str = "ws://127.0.0.1:0") -> AsyncIterator[Listener]:
-    def http(path: str) -> HttpAnswer | None:
-        return HttpAnswer(b'{"ok":true}', "application/json") if path == "/healthz" else None
+    def http(request: HttpRequest) -> HttpAnswer | None:
+        if request.path == "/healthz":
+            return HttpAnswer(b'{"ok":true}', "application/json")
+        return None
 
     listener = await listen(url, hold, http=http)
     try:
@@ -453,7 +484,7 @@ async def test_an_unknown_path_is_not_found(path: str, headers: tuple[str, ...])
 
 @in_a_loop
 async def test_a_callback_that_fails_gives_an_error_and_the_listener_goes_on() -> None:
-    def http(path: str) -> HttpAnswer | None:
+    def http(request: HttpRequest) -> HttpAnswer | None:
         raise ZeroDivisionError("a bug in http")
 
     listener = await listen("ws://127.0.0.1:0", hold, http=http)

@@ -62,11 +62,11 @@ DIGEST = bytes(range(32))
 
 # Frames and their bytes. These never change: replicas of different ages must understand them.
 GOLDEN: list[tuple[Frame, str]] = [
-    (Hello(1, 1, 7, 0, "a"), "9b 00 01 01 07 00 a161 00 c0 c2 c2 90"),
+    (Hello(1, 1, 7, 0, "a"), "9c 00 01 01 07 00 a161 00 c0 c2 c2 90 c400"),
     (
         Hello(1, 2, WRITER_MAX, 2**64 - 1, "planner", "relay", "ws://h:1/mesh", True, ("x*",)),
-        "9b 00 01 02 cf001fffffffffffff cfffffffffffffffff a7706c616e6e6572 01"
-        "ad77733a2f2f683a312f6d657368 c3 c3 91 a2782a",
+        "9c 00 01 02 cf001fffffffffffff cfffffffffffffffff a7706c616e6e6572 01"
+        "ad77733a2f2f683a312f6d657368 c3 c3 91 a2782a c400",
     ),
     (Bye(ByeCode.SAME_WRITER, "copied store"), "93 02 05 ac636f706965642073746f7265"),
     (Heartbeat(2**63), "9a 03 cf8000000000000000 c2 90 03 00 00 00 c2 00"),
@@ -87,8 +87,12 @@ GOLDEN: list[tuple[Frame, str]] = [
     (Roll({}, is_answer=True), "93 05 90 c3"),
     (Changes((b"one", b"")), "94 10 92 c4036f6e65 c400 c2 c2"),
     (Changes((), answer=True, more=True), "94 10 90 c3 c3"),
-    (Have("plan", Version({9: 1, 5: 2})), "94 11 a4706c616e 94 05 02 09 01 c2"),
-    (Have("plan", Version(), full=True), "94 11 a4706c616e 90 c3"),
+    (Have("plan", Version({9: 1, 5: 2})), "95 11 a4706c616e 94 05 02 09 01 c2 c400"),
+    (Have("plan", Version(), full=True), "95 11 a4706c616e 90 c3 c400"),
+    (
+        Have("plan", Version({9: 1}), True, b"12345678"),
+        "95 11 a4706c616e 92 09 01 c3 c4083132333435363738",
+    ),
     (Want("plan", ((5, 1, 2), (5, 4, 4))), "93 12 a4706c616e 96 05 01 02 05 04 04"),
     (Offer("plan", DIGEST, 70_000), f"94 18 a4706c616e c420{DIGEST.hex()} ce00011170"),
     (Get("plan", DIGEST, 65_536), f"94 19 a4706c616e c420{DIGEST.hex()} ce00010000"),

@@ -23,11 +23,11 @@ from typing import Annotated
 import typer
 
 from crdtstate import __version__
-from crdtstate.cli import checkpoints, commanding, history, looking, running, values
+from crdtstate.cli import checkpoints, commanding, history, looking, meshing, running, values
 from crdtstate.cli.printing import printable
 from crdtstate.errors import CRDTStateError
 
-VALUES, LOOK, RUN = "Read and write", "Look", "Run"
+VALUES, LOOK, RUN, JOIN = "Read and write", "Look", "Run", "Who may join"
 
 app = typer.Typer(
     name="crdtstate",
@@ -48,6 +48,7 @@ app.command(rich_help_panel=VALUES)(values.watch)
 
 app.command(rich_help_panel=LOOK)(looking.peers)
 app.command(rich_help_panel=LOOK)(looking.status)
+app.command(rich_help_panel=LOOK)(looking.page)
 app.command(rich_help_panel=LOOK)(looking.conflicts)
 app.command(rich_help_panel=LOOK)(looking.explain)
 app.command(rich_help_panel=LOOK)(commanding.report)
@@ -70,6 +71,19 @@ app.command(rich_help_panel=RUN)(commanding.command)
 app.command("relay", rich_help_panel=RUN)(running.run_relay)
 app.command(rich_help_panel=RUN)(running.simulate)
 app.command(rich_help_panel=RUN)(running.demo)
+
+app.command(rich_help_panel=JOIN)(meshing.invite)
+app.command(rich_help_panel=JOIN)(meshing.revoke)
+app.command(rich_help_panel=JOIN)(meshing.keygen)
+mesh = typer.Typer(
+    help="Make a mesh with keys, look at its files, and replace what is in them.",
+    no_args_is_help=True,
+)
+app.add_typer(mesh, name="mesh", rich_help_panel=JOIN)
+mesh.command("create")(meshing.create_mesh)
+mesh.command("show")(meshing.show_mesh)
+mesh.command("renew")(meshing.renew)
+mesh.command("rotate")(meshing.rotate_secret)
 
 
 def main() -> int:

@@ -3,11 +3,14 @@ The checkpoints in a tier, and what they have to do with a store.
 
 Listing, verifying and comparing only read, and the agent may be running. Making one and restoring
 is done as the agent that the store belongs to, and so while it does not run.
+
+With ``--mesh`` it is looked who made them, too, as a replica with that file would. But for `create`
+and `restore`, who was revoked is not known here.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,11 +18,15 @@ from urllib.parse import quote
 
 import typer
 
+from crdtstate.attestation import Attestation
+from crdtstate.authors import Authors, authors_of
 from crdtstate.catalogue import Catalogue, Checkpoint
-from crdtstate.cli.options import AsJson, Documents, Kept, Paths, Store, Tier, Whose
+from crdtstate.change import Snapshot
+from crdtstate.cli.options import AsJson, Documents, Kept, Mesh, Paths, Store, Tier, Whose
 from crdtstate.cli.printing import count, note, print_columns, print_json, printable
 from crdtstate.cli.reaching import run
 from crdtstate.cli.values import stand_in
+from crdtstate.credentials import open_credentials
 from crdtstate.documents import SYSTEM, DocumentSet
 from crdtstate.errors import (
     CorruptCheckpoint,
@@ -41,34 +48,41 @@ ALL = Retention(count=None, age=None, bytes=None, near=None)
 """What is kept is the agent's to say: nothing is let go from here."""
 
 
-def list_checkpoints(tier: Kept, agent: Whose = None, as_json: AsJson = False) -> None:
+def list_checkpoints(
+    tier: Kept, agent: Whose = None, mesh: Mesh = None, as_json: AsJson = False
+) -> None:
     """List the checkpoints in a tier, by agent, oldest first.
 
     Example: [cyan]crdtstate checkpoints list agent-7.db[/cyan]
     """
-    found = run(_list_checkpoints(_tier_url(tier), agent))
+    found = run(_list_checkpoints(_tier_url(tier), agent, _attestation(mesh)))
     if as_json:
-        print_json([_describe_checkpoint(*each) for each in found])
+        print_json([_describe_checkpoint(*each, mesh=mesh) for each in found])
         return
     rows = [
         (owner, each.id, each.stamp.time.isoformat(timespec="seconds"), each.size, each.label)
         for owner, each in found
     ]
     print_columns([("AGENT", "ID", "MADE", "BYTES", "LABEL"), *rows])
+    if others := sum(not each.is_proven for _, each in found):
+        note(f"{count(others, 'checkpoint')} not proven: see crdtstate checkpoints verify {tier}")
 
 
 def verify_checkpoints(
     tier: Kept,
     id: Annotated[str | None, typer.Argument(metavar="ID", help="Which; all without it.")] = None,
     agent: Whose = None,
+    mesh: Mesh = None,
     as_json: AsJson = False,
 ) -> None:
     """Read checkpoints whole, and compare every byte with the hash it should have.
 
+    With --mesh it also checks who made them.
+
     Example: [cyan]crdtstate checkpoints verify agent-7.db[/cyan]
     """
     with _listed(tier):
-        found = run(_verify_checkpoints(_tier_url(tier), agent, id))
+        found = run(_verify_checkpoints(_tier_url(tier), agent, id, _attestation(mesh)))
     if as_json:
         print_json([{"agent": who, "id": each, "problem": why} for who, each, why in found])
     else:
@@ -86,6 +100,7 @@ def create_checkpoint(
         str | None,
         typer.Option(metavar="URL", help="Where to keep it; otherwise beside the store."),
     ] = None,
+    mesh: Mesh = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a checkpoint of a store whose agent does not run.
@@ -93,9 +108,9 @@ def create_checkpoint(
     Example: [cyan]crdtstate checkpoints create agent-7.db --label before-upgrade[/cyan]
     """
     agent = read_agent(store)
-    made = run(_create_checkpoint(agent, store, label, tier))
+    made = run(_create_checkpoint(agent, store, label, tier, mesh))
     if as_json:
-        print_json(_describe_checkpoint(agent, made))
+        print_json(_describe_checkpoint(agent, made, mesh=mesh))
     else:
         print(made.id)
 
@@ -107,6 +122,7 @@ def restore_checkpoint(
     paths: Paths = None,
     message: Annotated[str, typer.Option(metavar="TEXT", help="Why, for the history.")] = "",
     tier: Tier = None,
+    mesh: Mesh = None,
     as_json: AsJson = False,
 ) -> None:
     """Bring values back into a store whose agent does not run.
@@ -120,7 +136,7 @@ def restore_checkpoint(
     agent = read_agent(store)
     url = None if tier is None else _tier_url(tier)
     with _listed(tier or str(store)):
-        changed = run(_restore_checkpoint(agent, store, url, id, documents, paths, message))
+        changed = run(_restore_checkpoint(agent, store, url, id, documents, paths, message, mesh))
     _print_differences(changed, as_json)
     note(f"{store}: {count(len(changed), 'place')} restored")
 
@@ -139,6 +155,7 @@ def compare_checkpoints(
     documents: Documents = None,
     paths: Paths = None,
     tier: Tier = None,
+    mesh: Mesh = None,
     as_json: AsJson = False,
 ) -> None:
     """Print what reads differently now, or in a second checkpoint.
@@ -150,7 +167,7 @@ def compare_checkpoints(
     if until is None and "://" in store:
         raise typer.BadParameter(f"{store} is a tier: name a store, or a second ID")
     with _listed(tier or store):
-        before, after = run(_load_two(_tier_url(tier or store), since, until))
+        before, after = run(_load_two(_tier_url(tier or store), since, until, mesh))
     if after is None:
         with reading(store) as db:
             after = read_documents(db, store)
@@ -206,19 +223,30 @@ def _tier_url(text: str) -> str:
     raise UsageError(f"{text}: no such file, nor one named {text}.checkpoints")
 
 
-async def _list_checkpoints(url: str, agent: str | None) -> list[tuple[str, Checkpoint]]:
+def _authors(mesh: Path | None) -> Authors:
+    return authors_of(open_credentials(mesh), None)
+
+
+def _attestation(mesh: Path | None) -> Attestation:
+    credentials = open_credentials(mesh)
+    return Attestation(authors_of(credentials, None), lambda: credentials.certificate)
+
+
+async def _list_checkpoints(
+    url: str, agent: str | None, attestation: Attestation
+) -> list[tuple[str, Checkpoint]]:
     return [
         (each.agent, checkpoint)
-        async for each in _catalogues(url, agent)
+        async for each in _catalogues(url, agent, attestation)
         for checkpoint in each.saved()
     ]
 
 
 async def _verify_checkpoints(
-    url: str, agent: str | None, id: str | None
+    url: str, agent: str | None, id: str | None, attestation: Attestation
 ) -> list[tuple[str, str, str | None]]:
     found: list[tuple[str, str, str | None]] = []
-    async for each in _catalogues(url, agent):
+    async for each in _catalogues(url, agent, attestation):
         (shelf,) = each.shelves
         whys = [(bad, why) for bad, why in shelf.unreadable.items() if id in (None, bad)]
         found += [(each.agent, bad, f"its manifest: {why}") for bad, why in sorted(whys)]
@@ -227,6 +255,7 @@ async def _verify_checkpoints(
                 continue
             try:
                 await each.verify(checkpoint.id)
+                await each.check_believed(checkpoint.id)
                 found.append((each.agent, checkpoint.id, None))
             except CorruptCheckpoint as exc:
                 found.append((each.agent, checkpoint.id, exc.reason))
@@ -235,28 +264,41 @@ async def _verify_checkpoints(
     return found
 
 
-async def _catalogues(url: str, agent: str | None) -> AsyncGenerator[Catalogue, None]:
+async def _catalogues(
+    url: str, agent: str | None, attestation: Attestation
+) -> AsyncGenerator[Catalogue, None]:
     """What a tier has, of each agent."""
     tier = await open_tier(url)
     try:
         agents = {agent_of(item.key) for item in await tier.items("")}
         for name in sorted(each for each in agents if each is not None and agent in (None, each)):
-            shelf = Shelf(tier, name, limit=60, retry=1, retry_max=1, emit=lambda event: None)
-            catalogue = Catalogue(name, [shelf], Retention())
+            shelf = Shelf(
+                tier,
+                name,
+                limit=60,
+                retry=1,
+                retry_max=1,
+                emit=lambda event: None,
+                attestation=attestation,
+            )
+            catalogue = Catalogue(name, [shelf], Retention(), attestation)
             await catalogue.read(shelf)
             yield catalogue
     finally:
         await tier.close()
 
 
-async def _load_two(url: str, since: str, until: str | None) -> tuple[Past, DocumentSet | None]:
+async def _load_two(
+    url: str, since: str, until: str | None, mesh: Path | None
+) -> tuple[Past, DocumentSet | None]:
     before, after = None, None
-    async with aclosing(_catalogues(url, None)) as catalogues:
+    vouch = _authors(mesh).vouch
+    async with aclosing(_catalogues(url, None, _attestation(mesh))) as catalogues:
         async for each in catalogues:
             if since in each.manifests:
-                before = await _load(each, since)
+                before = await _load(each, since, vouch)
             if until is not None and until in each.manifests:
-                after = await _load(each, until)
+                after = await _load(each, until, vouch)
     for id, found in ((since, before), (until, after)):
         if id is not None and found is None:
             raise UnknownCheckpoint(id)
@@ -264,11 +306,11 @@ async def _load_two(url: str, since: str, until: str | None) -> tuple[Past, Docu
     return before, after
 
 
-async def _load(catalogue: Catalogue, id: str) -> Past:
+async def _load(catalogue: Catalogue, id: str, vouch: Callable[[Snapshot], Snapshot]) -> Past:
     past = Past()
-    for document in await catalogue.load(id):
+    for name, shared, version, data, changes in await catalogue.load(id):
         try:
-            past.fill(*document)
+            past.fill(name, shared, version, vouch(Snapshot.decode(data)), changes)
         except InvalidUpdate as exc:
             raise CorruptCheckpoint("checkpoint", id, str(exc)) from exc
     return past
@@ -282,21 +324,30 @@ async def _restore_checkpoint(
     documents: list[str] | None,
     paths: list[str] | None,
     message: str,
+    mesh: Path | None,
 ) -> list[Difference]:
-    tiers = None if tier is None else [tier]
-    async with Replica(agent, store=store, checkpoints=tiers, retention=ALL) as replica:
+    async with _opened(agent, store, tier, mesh) as replica:
         changed = await replica.restore(id, documents=documents, paths=paths, message=message)
         await replica.durable()
         return changed
 
 
-async def _create_checkpoint(agent: str, store: Path, label: str, tier: str | None) -> Checkpoint:
-    tiers = None if tier is None else [tier]
-    async with Replica(agent, store=store, checkpoints=tiers, retention=ALL) as replica:
+async def _create_checkpoint(
+    agent: str, store: Path, label: str, tier: str | None, mesh: Path | None
+) -> Checkpoint:
+    async with _opened(agent, store, tier, mesh) as replica:
         return await replica.checkpoint(label)
 
 
-def _describe_checkpoint(agent: str, checkpoint: Checkpoint) -> dict[str, Any]:
+def _opened(agent: str, store: Path, tier: str | None, mesh: Path | None) -> Replica:
+    tiers = None if tier is None else [tier]
+    return Replica(agent, store=store, checkpoints=tiers, retention=ALL, mesh=mesh)
+
+
+def _describe_checkpoint(
+    agent: str, checkpoint: Checkpoint, mesh: Path | None
+) -> dict[str, Any]:
+    proven = {} if mesh is None else {"proven": checkpoint.is_proven}
     return {
         "agent": agent,
         "id": checkpoint.id,
@@ -305,4 +356,5 @@ def _describe_checkpoint(agent: str, checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": checkpoint.size,
         "documents": {name: version.total for name, version in checkpoint.version.items()},
         "tiers": list(checkpoint.tiers),
+        **proven,
     }

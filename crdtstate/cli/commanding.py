@@ -8,19 +8,19 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from crdtstate.cli.options import AsJson, Peer, Timeout
+from crdtstate.cli.options import AsJson, Mesh, Peer, Timeout
 from crdtstate.cli.places import parse_value
 from crdtstate.cli.printing import as_text, print_columns, print_json
-from crdtstate.cli.reaching import check_url, run, sync
+from crdtstate.cli.reaching import dialled, name_in, run
 from crdtstate.config import Config
 from crdtstate.controller import Controller
 from crdtstate.errors import TransportError
 from crdtstate.outcomes import Fulfilled, Outcome, Rejected, Results
-from crdtstate.replica import Replica
 from crdtstate.reports import Report
 
 ACQUAINTANCE = 0.3
@@ -33,12 +33,19 @@ Name = Annotated[
 ]
 
 
-def report(peer: Peer, timeout: Timeout = 5.0, name: Name = "cli", as_json: AsJson = False) -> None:
+def report(
+    peer: Peer,
+    mesh: Mesh = None,
+    timeout: Timeout = 5.0,
+    name: Name = "cli",
+    as_json: AsJson = False,
+) -> None:
     """Say how all agents do: those that are there are asked, of the others is told what is known.
 
     Example: [cyan]crdtstate report --peer ws://127.0.0.1:8765[/cyan]
     """
-    found = run(_report(peer, timeout, name))
+    name = name_in(mesh, name)
+    found = run(_report(peer, timeout, mesh, name))
     if as_json:
         print_json(
             {
@@ -51,8 +58,8 @@ def report(peer: Peer, timeout: Timeout = 5.0, name: Name = "cli", as_json: AsJs
     print_columns([columns, *(each.row() for each in found.values())])
 
 
-async def _report(url: str, timeout: float, name: str) -> Report:
-    async with _commanding(url, timeout, name) as controller:
+async def _report(url: str, timeout: float, mesh: Path | None, name: str) -> Report:
+    async with _commanding(url, timeout, mesh, name) as controller:
         found = await controller.report(timeout=timeout)
         return Report((agent, each) for agent, each in found.items() if agent != name)
 
@@ -73,6 +80,7 @@ def command(
         float | None,
         typer.Option(metavar="SECONDS", min=0.1, help="For how long who is away still does it."),
     ] = None,
+    mesh: Mesh = None,
     timeout: Timeout = 5.0,
     name: Name = "cli",
     as_json: AsJson = False,
@@ -87,7 +95,8 @@ def command(
         if not separator:
             raise typer.BadParameter(f"{each!r} is not NAME=VALUE")
         given[key] = parse_value(value)
-    found = run(_command(peer, timeout, name, verb, given, target or ["*"], expires))
+    name = name_in(mesh, name)
+    found = run(_command(peer, timeout, mesh, name, verb, given, target or ["*"], expires))
     rows = {agent: _describe(each) for agent, each in found.items() if agent != name}
     if as_json:
         print_json({"id": found.id, "results": rows})
@@ -100,24 +109,26 @@ def command(
 async def _command(
     url: str,
     timeout: float,
+    mesh: Path | None,
     name: str,
     verb: str,
     arguments: dict[str, Any],
     target: list[str],
     expires: float | None,
 ) -> Results:
-    async with _commanding(url, timeout, name) as controller:
+    async with _commanding(url, timeout, mesh, name) as controller:
         return await controller.issue(
             verb, target=target, timeout=timeout, expires=expires, arguments=arguments
         )
 
 
 @asynccontextmanager
-async def _commanding(url: str, timeout: float, name: str) -> AsyncIterator[Controller]:
+async def _commanding(
+    url: str, timeout: float, mesh: Path | None, name: str
+) -> AsyncIterator[Controller]:
     # It serves nothing itself, and says so at once.
     config = Config(command_grace=0.001)
-    async with Replica(name, peers=[check_url(url)], config=config) as replica:
-        await sync(replica, url, timeout)
+    async with dialled(url, timeout, mesh, name, config) as replica:
         known = 0
         for _ in range(ACQUAINTANCES_MAX):
             if known == (known := len(replica.members())):

@@ -17,7 +17,7 @@ import apsw
 import typer
 
 from crdtstate.change import Change, Snapshot, decode_change
-from crdtstate.cli.options import AsJson, MaybePeer, StoreToRead, Timeout, choose
+from crdtstate.cli.options import AsJson, MaybePeer, Mesh, StoreToRead, Timeout, choose
 from crdtstate.cli.printing import note, print_json, printable
 from crdtstate.cli.reaching import dialled, run
 from crdtstate.clock import Version
@@ -41,6 +41,7 @@ def history(
     limit: Annotated[int, typer.Option(min=1, help="At most so many, the newest.")] = 100,
     peer: MaybePeer = None,
     store: StoreToRead = None,
+    mesh: Mesh = None,
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
 ) -> None:
@@ -59,7 +60,7 @@ def history(
             found.extend(_read(db, store, document, teller))
     else:
         assert peer is not None
-        run(_ask(peer, timeout, document, (agent, of_run, path), found))
+        run(_ask(peer, timeout, mesh, document, (agent, of_run, path), found))
     for change in found:
         if as_json:
             print_json(_describe(change))
@@ -72,12 +73,13 @@ def history(
 async def _ask(
     peer: str,
     timeout: float,
+    mesh: Path | None,
     document: str,
     wanted: tuple[str | None, str | None, str | None],
     found: deque[PastChange],
 ) -> None:
     agent, of_run, path = wanted
-    async with dialled(peer, timeout) as replica:
+    async with dialled(peer, timeout, mesh) as replica:
         if replica.find(document) is None:
             raise _nothing(document, replica.documents())
         async for change in replica.history(document, agent=agent, run=of_run, path=path):

@@ -5,13 +5,14 @@ Looking at a relay, an agent or a store: how it does, what conflicts, why, what 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from crdtstate.audit import KINDS as AUDITED
 from crdtstate.audit import Query, Record
-from crdtstate.cli.options import AsJson, Peer, Store, Timeout, WholePlace
+from crdtstate.cli.options import AsJson, Mesh, Peer, Store, Timeout, TokenFile, WholePlace
 from crdtstate.cli.places import Place, parse_place
 from crdtstate.cli.printing import (
     as_text,
@@ -22,24 +23,34 @@ from crdtstate.cli.printing import (
     print_json,
     printable,
 )
-from crdtstate.cli.reaching import dialled, fetch, run
+from crdtstate.cli.reaching import check_url, dialled, fetch, find_token, run
 from crdtstate.cli.values import readable
 from crdtstate.conflict import Conflict, Explanation, same
-from crdtstate.errors import CRDTStateError, TransportError
+from crdtstate.errors import CRDTStateError, TransportError, UsageError
+from crdtstate.relay.tokens import page_of
 from crdtstate.stores.file import read_audit, reading
 from crdtstate.stores.file import verify as verify_store
 
 
-def peers(peer: Peer, timeout: Timeout = 5.0, as_json: AsJson = False) -> None:
+def peers(
+    peer: Peer,
+    mesh: Mesh = None,
+    token_file: TokenFile = None,
+    timeout: Timeout = 5.0,
+    as_json: AsJson = False,
+) -> None:
     """List who is connected to a relay.
 
-    Lag is how many changes they have not acknowledged yet.
+    Lag is how many changes they have not acknowledged yet. In a mesh of
+    members it takes the token of the relay's pages.
 
     Example: [cyan]crdtstate peers --peer ws://127.0.0.1:8765[/cyan]
     """
-    found = fetch(peer, "/status", timeout)
+    found = fetch(peer, "/status", timeout, find_token(peer, mesh, token_file))
     if found is None:
-        raise TransportError(f"{peer}: an agent, not a relay, and does not tell its peers")
+        raise TransportError(
+            f"{peer}: an agent, not a relay, or it wants another token; see --token-file"
+        )
     if as_json:
         print_json(found["peers"])
         return
@@ -48,21 +59,47 @@ def peers(peer: Peer, timeout: Timeout = 5.0, as_json: AsJson = False) -> None:
     print_columns([[column.upper().replace("_", " ") for column in columns], *rows])
 
 
-def status(peer: Peer, timeout: Timeout = 5.0, as_json: AsJson = False) -> None:
+def page(peer: Peer, mesh: Mesh = None, token_file: TokenFile = None) -> None:
+    """Print the URL of a relay's page, for a browser.
+
+    It has the token of the relay's pages in it, which opens them: keep it to
+    yourself.
+
+    Example: [cyan]crdtstate page --peer ws://127.0.0.1:8765[/cyan]
+    """
+    token = find_token(check_url(peer), mesh, token_file)
+    if token is None:
+        raise UsageError(
+            "in a mesh of members each relay has a token of its own: --token-file FILE, which is "
+            "STORE.token beside the relay's store"
+        )
+    if peer.startswith("unix:"):
+        raise UsageError(f"{peer}: no browser opens that; let the relay listen on ws:// instead")
+    print(page_of(peer, token))
+
+
+def status(
+    peer: Peer,
+    mesh: Mesh = None,
+    token_file: TokenFile = None,
+    timeout: Timeout = 5.0,
+    as_json: AsJson = False,
+) -> None:
     """Say how a relay or agent is doing and what it has.
 
     Example: [cyan]crdtstate status --peer ws://127.0.0.1:8765[/cyan]
     """
-    found = fetch(peer, "/status", timeout) or run(_status(peer, timeout))
+    token = find_token(peer, mesh, token_file)
+    found = fetch(peer, "/status", timeout, token) or run(_status(peer, timeout, mesh))
     if as_json:
         print_json(found)
         return
     print_columns(list(_describe(found)))
 
 
-async def _status(url: str, timeout: float) -> dict[str, Any]:
+async def _status(url: str, timeout: float, mesh: Path | None) -> dict[str, Any]:
     """What can be learned of an agent, which has no pages, from its part in the mesh."""
-    async with dialled(url, timeout) as replica:
+    async with dialled(url, timeout, mesh) as replica:
         peer = replica.peers()[0]
         return {
             "agent": peer.agent,
@@ -91,12 +128,14 @@ def _describe(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "document", f"{name}: {count(changes, 'change')}"
 
 
-def conflicts(peer: Peer, timeout: Timeout = 5.0, as_json: AsJson = False) -> None:
+def conflicts(
+    peer: Peer, mesh: Mesh = None, timeout: Timeout = 5.0, as_json: AsJson = False
+) -> None:
     """List where values conflict, what is read there and what decides.
 
     Example: [cyan]crdtstate conflicts --peer ws://127.0.0.1:8765[/cyan]
     """
-    found = run(_conflicts(peer, timeout))
+    found = run(_conflicts(peer, timeout, mesh))
     if as_json:
         print_json([_describe_conflict(each) for each in found])
         return
@@ -113,8 +152,8 @@ def conflicts(peer: Peer, timeout: Timeout = 5.0, as_json: AsJson = False) -> No
     note(count(len(found), "conflict"))
 
 
-async def _conflicts(url: str, timeout: float) -> list[Conflict]:
-    async with dialled(url, timeout) as replica:
+async def _conflicts(url: str, timeout: float, mesh: Path | None) -> list[Conflict]:
+    async with dialled(url, timeout, mesh) as replica:
         return replica.conflicts()
 
 
@@ -137,7 +176,13 @@ def _describe_conflict(conflict: Conflict) -> dict[str, Any]:
     }
 
 
-def explain(place: WholePlace, peer: Peer, timeout: Timeout = 5.0, as_json: AsJson = False) -> None:
+def explain(
+    place: WholePlace,
+    peer: Peer,
+    mesh: Mesh = None,
+    timeout: Timeout = 5.0,
+    as_json: AsJson = False,
+) -> None:
     """Say why a place reads as it does: who wrote what, and what decides.
 
     Example: [cyan]crdtstate explain main/map/plan/goal --peer ws://127.0.0.1:8765[/cyan]
@@ -145,7 +190,7 @@ def explain(place: WholePlace, peer: Peer, timeout: Timeout = 5.0, as_json: AsJs
     where = parse_place(place)
     if where.kind not in ("map", "register") or (where.kind == "map" and where.key is None):
         raise typer.BadParameter(f"{place!r}: a map's key or a register can be explained")
-    told = run(_explain(peer, timeout, where))
+    told = run(_explain(peer, timeout, mesh, where))
     if as_json:
         print_json(
             {
@@ -160,8 +205,8 @@ def explain(place: WholePlace, peer: Peer, timeout: Timeout = 5.0, as_json: AsJs
         print(printable(str(told), "\n"))
 
 
-async def _explain(url: str, timeout: float, place: Place) -> Explanation:
-    async with dialled(url, timeout) as replica:
+async def _explain(url: str, timeout: float, mesh: Path | None, place: Place) -> Explanation:
+    async with dialled(url, timeout, mesh) as replica:
         document = replica.document(place.document)
         if place.kind == "register":
             return readable(document.register(place.name)).explain()
@@ -222,10 +267,13 @@ def verify(
     if as_json:
         names = ("documents", "snapshots", "changes", "bytes", "records")
         counts = {name: getattr(found, name) for name in names}
-        print_json({"store": str(store), **counts, "problems": found.problems})
+        lists = {"problems": found.problems, "quarantined": found.quarantined}
+        print_json({"store": str(store), **counts, **lists})
     else:
         for problem in found.problems:
             print(printable(problem))
+        for quarantined in found.quarantined:
+            print(printable(f"quarantined: {quarantined}"))
     if found.problems:
         raise CRDTStateError(f"{store} is damaged: {count(len(found.problems), 'problem')}")
     if not as_json:

@@ -21,6 +21,22 @@ MaybePeer = Annotated[
         envvar="CRDTSTATE_PEER", metavar="URL", help="The relay or agent to ask: ws://HOST:PORT."
     ),
 ]
+Mesh = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="CRDTSTATE_MESH_FILE",
+        metavar="FILE",
+        help="The file of the join token, or of the words, that the mesh asks for.",
+    ),
+]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="CRDTSTATE_TOKEN_FILE",
+        metavar="FILE",
+        help="The token of the relay's pages, if it does not follow from the mesh.",
+    ),
+]
 StoreToRead = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Read a store, instead of a peer.")
 ]

@@ -48,6 +48,14 @@ def run_relay(
             help="What members are told to reach it by, if that is not where it listens.",
         ),
     ] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="The join token, or the words, that the mesh asks for."),
+    ] = None,
+    token_file: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="The token of its pages; made if it is not there."),
+    ] = None,
     store: Annotated[
         str | None, typer.Option(metavar="FILE", help="The SQLite file that keeps everything.")
     ] = None,
@@ -58,6 +66,14 @@ def run_relay(
     checkpoints: Annotated[
         list[str] | None,
         typer.Option(metavar="URL", help="A tier to keep checkpoints in; repeatable."),
+    ] = None,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--module",
+            metavar="NAME",
+            help="A Python module that registers validators of documents; repeatable.",
+        ),
     ] = None,
     durability: Annotated[
         Durability | None,
@@ -88,9 +104,10 @@ def run_relay(
     """Run a relay, for agents that cannot reach each other.
 
     Ctrl-C or SIGTERM ends it in order, a second one at once. The mesh is on
-    /mesh, a page for people on /; /healthz, /metrics, /status and /digest
-    answer plain HTTP. Who can reach the port can read and write everything:
-    keep it on the loopback interface, or on a network that you trust.
+    /mesh, a page for people on / (see [bold]crdtstate page[/bold]); /healthz,
+    /metrics, /status and /digest answer plain HTTP, all but the first with the
+    token of the page. Without --mesh it is for processes of the same user on
+    this machine, and listens on nothing else.
 
     Each setting can also come from the file, by the name of its flag, or from
     the environment, as CRDTSTATE_RELAY_LISTEN. A flag goes before that, and
@@ -103,9 +120,12 @@ def run_relay(
     flags = {
         "listen": listen,
         "advertise": advertise,
+        "mesh": mesh,
+        "token_file": token_file,
         "store": store,
         "peers": tuple(peers) if peers else None,
         "checkpoints": tuple(checkpoints) if checkpoints else None,
+        "modules": tuple(modules) if modules else None,
         "durability": durability and durability.value,
         "name": name,
         "tls_certificate": tls_certificate,

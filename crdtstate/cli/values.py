@@ -5,6 +5,7 @@ Reading and writing values through a peer, or reading them from a store.
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -13,6 +14,7 @@ from crdtstate.cli.options import (
     Agent,
     AsJson,
     MaybePeer,
+    Mesh,
     Peer,
     StoreToRead,
     Timeout,
@@ -37,6 +39,7 @@ def get(
     place: WholePlace,
     peer: MaybePeer = None,
     store: StoreToRead = None,
+    mesh: Mesh = None,
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
 ) -> None:
@@ -51,7 +54,7 @@ def get(
             value = _read(read_documents(db, store), where)
     else:
         assert peer is not None
-        value = run(_get(peer, timeout, where))
+        value = run(_get(peer, timeout, mesh, where))
     if as_json:
         print_json(value)
     elif isinstance(value, dict) and where.kind == "map" and where.key is None:
@@ -64,8 +67,8 @@ def get(
         print(printable(value, "\n\t") if isinstance(value, str) else as_text(value))
 
 
-async def _get(peer: str, timeout: float, place: Place) -> Any:
-    async with dialled(peer, timeout) as replica:
+async def _get(peer: str, timeout: float, mesh: Path | None, place: Place) -> Any:
+    async with dialled(peer, timeout, mesh) as replica:
         return _read(replica, place)
 
 
@@ -109,6 +112,7 @@ def set_(
     ],
     peer: Peer,
     agent: Agent = "cli",
+    mesh: Mesh = None,
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
 ) -> None:
@@ -121,15 +125,17 @@ def set_(
         raise typer.BadParameter(f"{place!r} is a whole map; say which key: {place}/KEY")
     if where.kind == "counter":
         raise typer.BadParameter("a counter is not set but incremented: crdtstate increment")
-    run(_set(peer, timeout, agent, where, parse_value(value)))
+    run(_set(peer, timeout, mesh, agent, where, parse_value(value)))
     if as_json:
         print_json({"place": str(where), "value": parse_value(value)})
     else:
         print(f"{printable(str(where))} = {as_text(parse_value(value))}")
 
 
-async def _set(peer: str, timeout: float, agent: str, place: Place, value: Any) -> None:
-    async with dialled(peer, timeout, agent) as replica:
+async def _set(
+    peer: str, timeout: float, mesh: Path | None, agent: str, place: Place, value: Any
+) -> None:
+    async with dialled(peer, timeout, mesh, agent) as replica:
         document = replica.document(place.document)
         match place.kind:
             case "map":
@@ -146,6 +152,7 @@ def increment(
     peer: Peer,
     by: Annotated[int, typer.Argument(metavar="BY", help="How much; may be negative.")] = 1,
     agent: Agent = "cli",
+    mesh: Mesh = None,
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
 ) -> None:
@@ -156,15 +163,17 @@ def increment(
     where = parse_place_to_write(place)
     if where.kind != "counter":
         raise typer.BadParameter(f"{place!r} is not a counter")
-    value = run(_increment(peer, timeout, agent, where, by))
+    value = run(_increment(peer, timeout, mesh, agent, where, by))
     if as_json:
         print_json({"place": str(where), "value": value})
     else:
         print(value)
 
 
-async def _increment(peer: str, timeout: float, agent: str, place: Place, by: int) -> int:
-    async with dialled(peer, timeout, agent) as replica:
+async def _increment(
+    peer: str, timeout: float, mesh: Path | None, agent: str, place: Place, by: int
+) -> int:
+    async with dialled(peer, timeout, mesh, agent) as replica:
         counter = replica.document(place.document).counter(place.name)
         counter.increment(by)
         await sync(replica, peer, timeout)
@@ -174,6 +183,7 @@ async def _increment(peer: str, timeout: float, agent: str, place: Place, by: in
 def watch(
     place: WholePlace,
     peer: Peer,
+    mesh: Mesh = None,
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
 ) -> None:
@@ -181,10 +191,10 @@ def watch(
 
     Example: [cyan]crdtstate watch main/map/plan --peer ws://127.0.0.1:8765[/cyan]
     """
-    run(_watch(peer, timeout, parse_place(place), as_json))
+    run(_watch(peer, timeout, mesh, parse_place(place), as_json))
 
 
-async def _watch(peer: str, timeout: float, place: Place, as_json: bool) -> None:
+async def _watch(peer: str, timeout: float, mesh: Path | None, place: Place, as_json: bool) -> None:
     stop = asyncio.Event()
 
     def show(event: Changed) -> None:
@@ -197,7 +207,7 @@ async def _watch(peer: str, timeout: float, place: Place, as_json: bool) -> None
         except BrokenPipeError:
             stop.set()
 
-    async with dialled(peer, timeout) as replica:
+    async with dialled(peer, timeout, mesh) as replica:
         document = replica.find(place.document)
         if document is not None and place.kind == "map":
             readable(document.map(place.name))

@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from crdtstate.clock import Cut, Version
+from crdtstate.credentials import open_host_credentials
 from crdtstate.demo.proxy import Proxy
 from crdtstate.demo.survey import DOCUMENT
 from crdtstate.errors import CRDTStateError
+from crdtstate.relay.tokens import token_of
 
 PATIENCE = 120.0
 """Seconds in which whatever is waited for must happen, on however busy a machine."""
@@ -239,7 +241,8 @@ class Fleet:
         """Get one of the relay's pages."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.relay_port)
         try:
-            writer.write(f"GET {page} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+            bearer = f"Authorization: Bearer {token_of(open_host_credentials())}\r\n"
+            writer.write(f"GET {page} HTTP/1.1\r\nHost: 127.0.0.1\r\n{bearer}\r\n".encode())
             head, _, body = (await reader.read()).partition(b"\r\n\r\n")
         finally:
             writer.close()

@@ -15,6 +15,9 @@ the port of the mesh it answers HTTP too:
     /status     what it has and who is connected
     /digest     hashes of its documents: equal on replicas with equal content
 
+All but ``/``, ``/mesh`` and ``/healthz`` take a token, see `tokens`; `crdtstate page` tells the URL
+of the page with it.
+
 `settings` says what kind of relay it is, `server` runs the process, `pages` makes the answers: from
 a `glance` at the replica, the `holdings` of its documents, and the `chronicle` of its events.
 `metrics` and `live` put them into words. The page itself is what lies in ``page/``, as it is.

@@ -164,6 +164,21 @@ class Metrics:
         yield _counter(
             "received_changes_total", "Changes of others that were taken in.", traffic.changes_in
         )
+        yield _counter(
+            "quarantined_changes_total",
+            "Changes of others that the rules of their documents refuse.",
+            traffic.changes_hidden,
+        )
+        yield _counter(
+            "refused_total",
+            "Connections that were refused, or ended because a rule was broken, by why.",
+            [({"reason": reason}, count) for reason, count in sorted(traffic.refused.items())],
+        )
+        yield _counter(
+            "throttled_seconds_total",
+            "For how long peers that sent too much were not read.",
+            traffic.throttled_seconds,
+        )
         yield _counter("own_changes_total", "Changes made here.", traffic.changes_out)
         yield _counter(
             "sent_changes_total", "Changes to peers, each counted for every peer.", glance.copies

@@ -2,8 +2,8 @@
 What a relay answers to plain HTTP: its health, metrics, status, the digests of its documents, and
 the page on which people watch all that.
 
-Answers say what a replica knows, never more: who can reach the port can read everything anyway (see
-`Replica`). What the page shows was written by agents, so it is text to it and nothing else: the
+Everybody is told its health, and gets the page's own files; all else who presents the token (see
+`tokens`). What the page shows was written by agents, so it is text to it and nothing else: the
 policy it is sent with lets no script run but its own, and nothing be loaded from elsewhere.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
@@ -26,9 +26,15 @@ from crdtstate.relay.chronicle import Chronicle
 from crdtstate.relay.holdings import CONFLICTS_SHOWN, Holdings
 from crdtstate.relay.live import VIEWERS_MAX, Live
 from crdtstate.replica import Replica
-from crdtstate.transports import HttpAnswer, HttpStream
+from crdtstate.transports import HttpAnswer, HttpRequest, HttpStream
 
 UNAVAILABLE = 503
+
+LOCKED = HttpAnswer(
+    b"It needs the token: Authorization: Bearer ... (see: crdtstate page --help)\n",
+    status=401,
+    headers=(("WWW-Authenticate", "Bearer"),),
+)
 
 DISK_FREE_MIN = 64 * 2**20
 """Room on the store's disk, in bytes, below which a relay wants help: what the store may have to
@@ -74,10 +80,12 @@ class Site:
 
     Args:
         replica: The relay's replica; it may be opened later.
+        may: Whether a token opens the pages.
     """
 
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: Replica, may: Callable[[str], bool]) -> None:
         self.replica = replica
+        self._may = may
         # It was told to stop, and is seeing to it.
         self.is_draining = False
         self.holdings = Holdings(replica)
@@ -85,12 +93,14 @@ class Site:
         self.metrics = metrics.Metrics(replica, self.holdings, self.chronicle)
         self.live = Live(self._sections)
 
-    def answer(self, path: str) -> HttpAnswer | HttpStream | None:
-        """Answer a GET of *path*; None if there is no such page."""
-        match path:
+    def answer(self, request: HttpRequest) -> HttpAnswer | HttpStream | None:
+        """Answer a GET; None if there is no such page."""
+        match request.path:
             case "/healthz":
                 found = self.health()
                 return _json(found, 200 if found["ready"] else UNAVAILABLE)
+            case "/metrics" | "/status" | "/digest" if not self._may(request.token):
+                return LOCKED
             case "/metrics":
                 return HttpAnswer(self._exposition(), metrics.CONTENT_TYPE)
             case "/status":
@@ -100,8 +110,8 @@ class Site:
             case "/live":
                 if self.live.viewers >= VIEWERS_MAX:
                     return HttpAnswer(b"Too many are watching.\n", status=UNAVAILABLE)
-                return HttpStream(self.live.texts)
-            case _ if path in ASSETS:
+                return HttpStream(self.live.texts, self._may)
+            case path if path in ASSETS:
                 name, content_type = ASSETS[path]
                 body = files(__package__).joinpath("page", name).read_bytes()
                 return HttpAnswer(body, content_type, headers=POLICY)

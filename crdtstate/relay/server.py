@@ -9,26 +9,46 @@ them goodbye, and closes its store. They dial again until it is back.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 
-from crdtstate.errors import WaitTimeout
+from crdtstate.credentials import Credentials, open_credentials, open_host_credentials
+from crdtstate.errors import UsageError, WaitTimeout
 from crdtstate.relay import leash, notify
 from crdtstate.relay.pages import Site
 from crdtstate.relay.settings import Settings
+from crdtstate.relay.tokens import Tokens
 from crdtstate.replica import Replica
-from crdtstate.transports import HttpAnswer, HttpStream
+from crdtstate.transports import HttpAnswer, HttpRequest, HttpStream
 
 
-async def serve(settings: Settings, announce: Callable[[str], object]) -> None:
+def import_modules(names: Iterable[str]) -> None:
+    """Import modules for what they register, from the working directory too.
+
+    Raises:
+        UsageError: One cannot be imported.
+    """
+    for name in names:
+        if str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        try:
+            importlib.import_module(name)
+        except Exception as exc:
+            raise UsageError(f"module {name!r}: {type(exc).__name__}: {exc}") from exc
+
+
+async def serve(settings: Settings, announce: Callable[[str, str], object]) -> None:
     """Run a relay until SIGTERM or SIGINT, then drain it. A second signal ends it at once, as it
     does any program; the store stands that.
 
     Args:
         settings: What kind of relay.
-        announce: Called with the address it listens on, once it does.
+        announce: Called with the address it listens on, once it does, and the token of its pages.
 
     Raises:
         TransportError: The address cannot be had.
@@ -36,15 +56,21 @@ async def serve(settings: Settings, announce: Callable[[str], object]) -> None:
         UsageError: A setting cannot be.
     """
 
-    def http(path: str) -> HttpAnswer | HttpStream | None:
-        return site.answer(path)
+    def http(request: HttpRequest) -> HttpAnswer | HttpStream | None:
+        return site.answer(request)
 
+    import_modules(settings.modules)
+    store = None if settings.store is None else Path(settings.store)
+    mesh = open_credentials(None if settings.mesh is None else Path(settings.mesh), store)
+    known = open_host_credentials() if mesh.kind == "none" else mesh
+    tokens = Tokens(known, _token_file(settings, mesh))
     replica = Replica(
         settings.name,
         store=settings.store,
         listen=settings.listen,
         advertise=settings.advertise,
         peers=settings.peers,
+        mesh=mesh,
         checkpoints=settings.checkpoints or None,
         config=settings.config,
         durability=settings.durability,
@@ -52,7 +78,7 @@ async def serve(settings: Settings, announce: Callable[[str], object]) -> None:
         http=http,
         tls=settings.tls_context(),
     )
-    site = Site(replica)
+    site = Site(replica, tokens.may)
     stop = asyncio.Event()
     if settings.attached:
         loop = asyncio.get_running_loop()
@@ -60,12 +86,21 @@ async def serve(settings: Settings, announce: Callable[[str], object]) -> None:
     _stop_on_signals(stop)
     async with replica:
         assert replica.address is not None
-        announce(replica.address)
+        announce(replica.address, tokens.newest)
         notify.tell("READY=1")
         await _run_until(stop, replica)
         site.is_draining = True
         notify.tell("STOPPING=1", "STATUS=draining")
         await _drain(replica, settings.drain)
+
+
+def _token_file(settings: Settings, mesh: Credentials) -> Path | None:
+    """Where the token of the pages lies, if it lies anywhere: a member's beside its store."""
+    if settings.token_file is not None:
+        return Path(settings.token_file)
+    if mesh.kind == "member" and settings.store is not None:
+        return Path(f"{settings.store}.token")
+    return None
 
 
 async def _run_until(stop: asyncio.Event, replica: Replica) -> None:

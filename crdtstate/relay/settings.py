@@ -4,7 +4,8 @@ The settings of a relay, and where they come from.
 A setting may be given as a flag (``--listen``), in the environment (``CRDTSTATE_RELAY_LISTEN``) and
 in a TOML file (``listen = ...``); the first of these that has it counts, and the default if none
 does. Those of `crdtstate.Config` stand in the file's table ``[config]`` and in the environment as
-``CRDTSTATE_RELAY_CONFIG_...``. Keys are the flags' names.
+``CRDTSTATE_RELAY_CONFIG_...``, those of `crdtstate.Limits` in ``[limits]`` and as
+``CRDTSTATE_RELAY_LIMITS_...``. Keys are the flags' names.
 
 All of it is checked before anything is opened, unknown keys included: a typo must not become a
 default. What is wrong is said in one line with the file or variable, the key, and what is allowed.
@@ -22,14 +23,20 @@ from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
+from crdtstate.admission import HINT, is_private
 from crdtstate.arguments import check_checkpoints
 from crdtstate.config import Config
 from crdtstate.errors import UsageError
+from crdtstate.limits import Limits
 
 DEFAULT_LISTEN = "ws://127.0.0.1:8765"
 PREFIX = "CRDTSTATE_RELAY_"
-TABLE = "config"
+TABLES: dict[str, type] = {"config": Config, "limits": Limits}
+"""The tables of a file, and what their keys are fields of."""
 DRAIN_MAX = 600.0
+
+ONE_OF = {"peers": "peer", "modules": "module"}
+"""Keys of which a flag gives one at a time."""
 
 Durability = Literal["process", "power"]
 
@@ -40,11 +47,15 @@ class Settings:
 
     Attributes:
         listen: Where to listen; port 0 takes any free one.
+        mesh: The file of the join token, or of the words, of the mesh; None: only processes of
+            the same user on this machine.
+        token_file: The file of the token for the pages; None: see `pages.tokens`.
         advertise: The URL that members are told to reach it by; None: *listen*, unless that is on
             all interfaces.
         store: The SQLite file that keeps everything; None: memory only.
         peers: URLs of other relays.
         checkpoints: The tiers that keep checkpoints, nearest first; none: none are made.
+        modules: Python modules to import, which register the validators that documents use.
         durability: What a commit survives: a kill, or a power cut as well.
         name: What peers see.
         tls_certificate: The certificate chain to show, in PEM; wss:// needs it.
@@ -52,15 +63,18 @@ class Settings:
         drain: Seconds to wait, when told to stop, until peers have what is here.
         attached: Stop when standard input ends, as it does with the program that holds it.
         json: Announce the address as JSON.
-        config: The settings of the replica.
+        config: The settings of the replica; its `limits` among them.
         sources: Where each key that is no default comes from; ``config.heartbeat`` for those.
     """
 
     listen: str = DEFAULT_LISTEN
     advertise: str | None = None
+    mesh: str | None = None
+    token_file: str | None = None
     store: str | None = None
     peers: tuple[str, ...] = ()
     checkpoints: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
     durability: Durability = "process"
     name: str = "relay"
     tls_certificate: str | None = None
@@ -97,11 +111,11 @@ class Settings:
     def _toml_lines(self) -> Iterator[str]:
         for key in KEYS:
             yield self._toml_line(_dashed(key), key, getattr(self, key))
-        yield f"\n[{TABLE}]"
-        for each in fields(Config):
-            yield self._toml_line(
-                each.name, f"{TABLE}.{each.name}", getattr(self.config, each.name)
-            )
+        for table, names in FIELDS.items():
+            yield f"\n[{table}]"
+            of = self.config if table == "config" else self.config.limits
+            for name in names:
+                yield self._toml_line(name, f"{table}.{name}", getattr(of, name))
 
     def _toml_line(self, name: str, key: str, value: Any) -> str:
         source = self.sources.get(key, "default")
@@ -113,11 +127,12 @@ class Settings:
     def as_json(self) -> dict[str, Any]:
         """The settings as plain values."""
         found = {_dashed(key): getattr(self, key) for key in KEYS}
-        config = {each.name: getattr(self.config, each.name) for each in fields(Config)}
-        return {**found, TABLE: config, "sources": dict(self.sources)}
+        config = {name: getattr(self.config, name) for name in FIELDS["config"]}
+        limits = {name: getattr(self.config.limits, name) for name in FIELDS["limits"]}
+        return {**found, "config": config, "limits": limits, "sources": dict(self.sources)}
 
 
-KEYS = tuple(each.name for each in fields(Settings) if each.name not in (TABLE, "sources"))
+KEYS = tuple(each.name for each in fields(Settings) if each.name not in ("config", "sources"))
 
 
 class _Given(NamedTuple):
@@ -147,8 +162,8 @@ def load(
         given |= _from_file(path)
     given |= _from_environment(environment)
     for key, value in flags.items():
-        flag = "--peer" if key == "peers" else f"--{_dashed(key)}"
-        given[key] = _Given(tuple(value) if key == "peers" else value, flag, flag)
+        flag = f"--{_dashed(ONE_OF.get(key, key))}"
+        given[key] = _Given(tuple(value) if key in ONE_OF else value, flag, flag)
     for key, found in given.items():
         if check := CHECKS.get(key):
             check(found)
@@ -156,6 +171,7 @@ def load(
     sources = {key: found.source for key, found in given.items()}
     settings = Settings(**values, config=_config(given), sources=sources)
     _check_tls(settings, given)
+    _check_mesh(settings, given)
     return settings
 
 
@@ -170,27 +186,30 @@ def _from_file(path: str) -> dict[str, _Given]:
         raise UsageError(f"{path}: {exc.strerror or exc}") from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise UsageError(f"{path}: not valid TOML: {exc}") from exc
-    table = content.pop(TABLE, {})
-    if not isinstance(table, dict):
-        raise UsageError(f"{path}: {TABLE} is a table: write [{TABLE}]")
+    tables = {name: content.pop(name, {}) for name in TABLES}
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise UsageError(f"{path}: {name} is a table: write [{name}]")
     known = {_dashed(key): key for key in KEYS}
     found = {}
     for name, value in content.items():
         if name not in known:
-            allowed = ", ".join([*sorted(known), f"[{TABLE}]"])
+            allowed = ", ".join([*sorted(known), *(f"[{each}]" for each in TABLES)])
             raise UsageError(f"{path}: unknown key {name!r}; there are {allowed}")
         found[known[name]] = _Given(value, path, f"{path}: {name}")
-    for name, value in table.items():
-        if name not in CONFIG_TYPES:
-            allowed = ", ".join(sorted(CONFIG_TYPES))
-            raise UsageError(f"{path}: unknown key {name!r} in [{TABLE}]; there are {allowed}")
-        found[f"{TABLE}.{name}"] = _Given(value, path, f"{path}: {TABLE}.{name}")
+    for table, content in tables.items():
+        for name, value in content.items():
+            if name not in FIELDS[table]:
+                allowed = ", ".join(sorted(FIELDS[table]))
+                raise UsageError(f"{path}: unknown key {name!r} in [{table}]; there are {allowed}")
+            found[f"{table}.{name}"] = _Given(value, path, f"{path}: {table}.{name}")
     return {key: _typed(key, each) for key, each in found.items()}
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, _Given]:
     known = {PREFIX + key.upper(): key for key in KEYS}
-    known |= {f"{PREFIX}CONFIG_{name.upper()}": f"{TABLE}.{name}" for name in CONFIG_TYPES}
+    for table, names in FIELDS.items():
+        known |= {f"{PREFIX}{table.upper()}_{name.upper()}": f"{table}.{name}" for name in names}
     found = {}
     for variable, text in environment.items():
         if not variable.startswith(PREFIX) or variable == f"{PREFIX}CONFIG" or not text:
@@ -198,8 +217,9 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, _Given]:
         if variable not in known:
             allowed = ", ".join(PREFIX + key.upper() for key in KEYS)
             raise UsageError(
-                f"unknown variable {variable}; there are {allowed}, and {PREFIX}CONFIG_... for "
-                f"{', '.join(CONFIG_TYPES)}"
+                f"unknown variable {variable}; there are {allowed}, {PREFIX}CONFIG_... for "
+                f"{', '.join(FIELDS['config'])}, and {PREFIX}LIMITS_... for "
+                f"{', '.join(FIELDS['limits'])}"
             )
         key = known[variable]
         value = _parsed(_type_of(key), text)
@@ -228,7 +248,7 @@ def _parsed(wanted: Any, text: str) -> Any:
 
 def _type_of(key: str) -> Any:
     table, _, name = key.rpartition(".")
-    return CONFIG_TYPES[name] if table else TYPES[key]
+    return FIELDS[table][name] if table else TYPES[key]
 
 
 def _typed(key: str, found: _Given) -> _Given:
@@ -267,7 +287,7 @@ def is_url(text: object) -> bool:
             parts is not None
             and parts.scheme in ("ws", "wss")
             and bool(parts.hostname and (parts.port or 1))
-        )
+        ) or (parts is not None and parts.scheme == "unix" and parts.path.startswith("/"))
     except ValueError:
         return False
 
@@ -291,6 +311,12 @@ def _check_checkpoints(found: _Given) -> None:
         raise UsageError(f"{found.label}: {exc}") from exc
 
 
+def _check_modules(found: _Given) -> None:
+    for name in found.value:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise _refused(found._replace(value=name), "the name of a Python module")
+
+
 def _check_name(found: _Given) -> None:
     if not (0 < len(found.value) <= 100 and found.value.isprintable()):
         raise _refused(found, "1 to 100 printable characters")
@@ -311,9 +337,12 @@ CHECKS: dict[str, Callable[[_Given], None]] = {
     "advertise": _check_listen,
     "peers": _check_peers,
     "checkpoints": _check_checkpoints,
+    "modules": _check_modules,
     "name": _check_name,
     "drain": _check_drain,
     "store": _check_path,
+    "mesh": _check_path,
+    "token_file": _check_path,
     "tls_certificate": _check_path,
     "tls_key": _check_path,
 }
@@ -329,13 +358,29 @@ def _check_tls(settings: Settings, given: Mapping[str, _Given]) -> None:
         raise UsageError(f"{given[has[0]].label}: only wss:// takes it, not {settings.listen}")
 
 
+def _check_mesh(settings: Settings, given: Mapping[str, _Given]) -> None:
+    for key, urls in (("listen", [settings.listen]), ("peers", settings.peers)):
+        for url in urls:
+            if settings.mesh is None and not is_private(url):
+                label = given[key].label if key in given else key
+                raise UsageError(f"{label}: {url}: beyond this machine a mesh is needed; {HINT}")
+
+
 def _config(given: Mapping[str, _Given]) -> Config:
-    mine = {key: found for key, found in given.items() if key.startswith(f"{TABLE}.")}
+    made: Config = _made(given, "config", limits=_made(given, "limits"))
+    return made
+
+
+def _made(given: Mapping[str, _Given], table: str, **more: Any) -> Any:
+    """What a table says, as what it is."""
+    mine = {key: found for key, found in given.items() if key.startswith(f"{table}.")}
     try:
-        return Config(**{key.partition(".")[2]: found.value for key, found in mine.items()})
+        return TABLES[table](
+            **{key.partition(".")[2]: found.value for key, found in mine.items()}, **more
+        )
     except UsageError as exc:
         named = [found.label for key, found in mine.items() if key.partition(".")[2] in str(exc)]
-        raise UsageError(f"{', '.join(named or [TABLE])}: {exc}") from exc
+        raise UsageError(f"{', '.join(named or [table])}: {exc}") from exc
 
 
 def _dashed(key: str) -> str:
@@ -354,4 +399,7 @@ def _types(of: type) -> dict[str, Any]:
 
 STRINGS = tuple[str, ...]
 TYPES = _types(Settings)
-CONFIG_TYPES = {each.name: _types(Config)[each.name] for each in fields(Config)}
+FIELDS = {
+    table: {each.name: _types(of)[each.name] for each in fields(of) if each.name not in TABLES}
+    for table, of in TABLES.items()
+}

@@ -132,7 +132,7 @@ class SimulatedReplica(DocumentSet):
         for name, version in self.versions():
             self._base[name] = version.get(self._writer, 0)
             self.core.restore(name, version, disk.floor(name), disk.size(name))
-            self._clock.observe(self._documents[name].stamp, 2**47)
+            self.resume_clock(self._documents[name])
         if self._loan is not None:
             self.core.borrow(self._loan[0], self._loan[1].seqs)
         disk.start(self.agent, self._writer, self._wake)

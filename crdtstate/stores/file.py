@@ -22,7 +22,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -45,7 +45,7 @@ from crdtstate.errors import (
     StoreLocked,
     StoreUnavailable,
 )
-from crdtstate.stores import Entry, Saved, Session
+from crdtstate.stores import Entry, Saved, Session, suspects
 from crdtstate.stores.index import DocumentIndex
 
 APPLICATION_ID = 0x43524454  # "CRDT"
@@ -496,6 +496,7 @@ def read_documents(db: apsw.Connection, path: str | Path) -> DocumentSet:
         CorruptStore: Names the first snapshot or change that is damaged or does not fit.
     """
     documents = DocumentSet("reader", 1, lambda: 0)
+    documents.witness = suspects.Known(path)
     for saved, is_intact in snapshots(db):
         if not is_intact:
             raise damage(path, f"table snapshot, document {saved.document!r}")
@@ -533,6 +534,8 @@ class Verification:
     records: int
     """Of the audit."""
     problems: list[str]
+    quarantined: list[str] = field(default_factory=list)
+    """What its owner gives to pycrdt no more, because the process died of it; see `suspects`."""
 
 
 def verify(path: str | Path) -> Verification:
@@ -564,6 +567,7 @@ def verify(path: str | Path) -> Verification:
         count["bytes"],
         count["records"],
         problems,
+        [str(suspect) for suspect in suspects.read(path) if suspect.is_quarantined],
     )
 
 

@@ -30,7 +30,7 @@ from crdtstate.errors import TierError, UsageError
 from crdtstate.tiers import Item, bytes_option, check_size, split_url
 from crdtstate.tiers.calls import Blocking
 
-SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
 BYTES_MAX = 2**30
 """Of all values of a tier together."""

@@ -5,7 +5,12 @@ A connection is two streams of whole messages, in order, without loss until it e
 knows nothing of frames and members; the replica above does. The URL chooses the transport:
 
     ws://host:port, wss://host:port    websocket.py, between processes and machines
+    unix:///path                       unix.py, between the processes of one user on one machine
     memory://name                      memory.py, inside one event loop
+
+Who is at the other end a transport does not know either; what it knows is the `Origin` of a
+connection. Before strangers have proved themselves (see `admission`) they may send little, and a
+`Gate` says how many of them there may be.
 
 To add one: write a module with `dial` and `listen` as below, translate its exceptions into
 TransportError with the URL in the message, let `send` wait while the other side is slow,
@@ -27,6 +32,25 @@ from crdtstate.errors import CRDTStateError, UsageError
 
 LOG = logging.getLogger(__name__)
 
+CLOSE_NORMAL = 1000
+"""The code with which a connection is closed in peace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a connection comes from, as far as its transport can tell.
+
+    Attributes:
+        host: The address of the other side; None: a process of the same user on this machine.
+        since: When the connection was made, by the clock of the event loop.
+        channel: What only the two ends of this connection have in common: over TLS SHA-256 of the
+            server's certificate; else empty.
+    """
+
+    host: str | None
+    since: float
+    channel: bytes = b""
+
 
 class Connection(Protocol):
     """One side of a connection. One task at a time may send, and one receive."""
@@ -34,6 +58,10 @@ class Connection(Protocol):
     @property
     def remote(self) -> str:
         """The other side's URL, for people; an accepted connection's can't be dialled."""
+
+    @property
+    def origin(self) -> Origin | None:
+        """Where it comes from; None: from this very process, which need not prove anything."""
 
     @property
     def is_writable(self) -> bool:
@@ -62,8 +90,16 @@ class Connection(Protocol):
         """
         raise NotImplementedError
 
-    async def close(self, reason: str = "") -> None:
-        """Say goodbye and hang up, within a second or so. Idempotent."""
+    def welcome(self) -> None:
+        """The other side is no stranger any more: what it sends may be as large as any message."""
+
+    async def close(self, reason: str = "", code: int = CLOSE_NORMAL) -> None:
+        """Say goodbye and hang up, within a second or so. Idempotent.
+
+        Args:
+            reason: Why, for people.
+            code: Why, for programs, such as `limits.CloseCode`; where a transport has codes.
+        """
 
     def abort(self) -> None:
         """Hang up at once; what was not sent yet is lost. Idempotent."""
@@ -78,6 +114,29 @@ class Listener(Protocol):
 
     async def close(self) -> None:
         """Stop listening, close what was accepted, wait for `accept` to return. Idempotent."""
+
+
+class Gate(Protocol):
+    """Who may come in, by address, before anything else is known."""
+
+    def enter(self, host: str | None) -> HttpAnswer | None:
+        """Somebody came: count it, or answer with this and hang up."""
+
+    def leave(self, host: str | None) -> None:
+        """One of those who were counted is known now, or gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpRequest:
+    """A plain GET.
+
+    Attributes:
+        path: What is asked for, without a query.
+        token: What it presented as ``Authorization: Bearer``; empty if nothing.
+    """
+
+    path: str
+    token: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +155,22 @@ class HttpStream:
 
     Each is asked for when the one before has left, so a slow page makes nothing pile up. Only
     pages that came from the same port may, and programs that are no browsers.
+
+    Attributes:
+        messages: Makes the texts.
+        may: Whether who presents a token may have them: it is the first message that comes, as a
+            page cannot send headers. None: everybody may.
     """
 
     messages: Callable[[], AsyncGenerator[str, None]]
+    may: Callable[[str], bool] | None = None
 
 
 Accept = Callable[[Connection], Awaitable[None]]
 """Serves one accepted connection, which is closed when it returns."""
 
-Http = Callable[[str], HttpAnswer | HttpStream | None]
-"""Answers a GET of a path, given without its query; None means there is nothing there."""
+Http = Callable[[HttpRequest], HttpAnswer | HttpStream | None]
+"""Answers a GET; None means there is nothing there. Tokens are for it to check."""
 
 
 async def dial(
@@ -113,17 +178,22 @@ async def dial(
     *,
     timeout: float = 10.0,  # running out is a TransportError with the URL
     tls: ssl.SSLContext | None = None,
+    greeting_max: int | None = None,
 ) -> Connection:
     """Connect to *url*.
 
     Args:
-        tls: Whom to trust, for wss://; the operating system's authorities otherwise.
+        tls: Whom to trust, for wss://; the operating system's authorities otherwise. A URL that
+            ends in ``#sha256=...`` names the one certificate to trust by its fingerprint.
+        greeting_max: How large messages may be before `Connection.welcome`; None: as any.
 
     Raises:
         TransportError: Nobody answered, or not as a mesh would; the message says which.
         UsageError: This is not a URL of a known transport.
     """
-    connection: Connection = await _transport(url).dial(url, timeout=timeout, tls=tls)
+    connection: Connection = await _transport(url).dial(
+        url, timeout=timeout, tls=tls, greeting_max=greeting_max
+    )
     return connection
 
 
@@ -133,18 +203,24 @@ async def listen(
     *,
     http: Http | None = None,
     tls: ssl.SSLContext | None = None,
+    gate: Gate | None = None,
+    greeting_max: int | None = None,
 ) -> Listener:
     """Listen on *url* and run *accept* for each connection, each in a task of its own.
 
     Args:
         http: Answers plain HTTP requests to the same port, such as ``/healthz``.
         tls: The certificate to show; required for wss://.
+        gate: Who may come in; None: everybody.
+        greeting_max: How large messages may be before `Connection.welcome`; None: as any.
 
     Raises:
         TransportError: The address cannot be had.
         UsageError: This is not a URL of a known transport.
     """
-    listener: Listener = await _transport(url).listen(url, accept, http=http, tls=tls)
+    listener: Listener = await _transport(url).listen(
+        url, accept, http=http, tls=tls, gate=gate, greeting_max=greeting_max
+    )
     return listener
 
 
@@ -172,9 +248,13 @@ def _transport(url: str) -> ModuleType:
             from crdtstate.transports import websocket
 
             return websocket
+        case "unix":
+            from crdtstate.transports import unix
+
+            return unix
         case "memory":
             from crdtstate.transports import memory
 
             return memory
         case _:
-            raise UsageError(f"{url!r}: use a URL like ws://, wss:// or memory://")
+            raise UsageError(f"{url!r}: use a URL like ws://, wss://, unix:// or memory://")

@@ -15,7 +15,7 @@ from collections import deque
 from weakref import WeakKeyDictionary
 
 from crdtstate.errors import TransportError, UsageError
-from crdtstate.transports import Accept, Http, serve
+from crdtstate.transports import CLOSE_NORMAL, Accept, Gate, Http, serve
 from crdtstate.wire import MESSAGE_BYTES_MAX
 
 INBOX_LIMIT = 64
@@ -28,6 +28,8 @@ _names: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, MemoryListener]] 
 
 class MemoryConnection:
     """One side of a connection; `pair` makes both."""
+
+    origin = None
 
     def __init__(self, remote: str) -> None:
         self.remote = remote
@@ -72,7 +74,10 @@ class MemoryConnection:
         self._other._moved.set()
         return self._inbox.popleft()
 
-    async def close(self, reason: str = "") -> None:
+    def welcome(self) -> None:
+        pass
+
+    async def close(self, reason: str = "", code: int = CLOSE_NORMAL) -> None:
         self._end(f"closed: {reason}" if reason else "closed")
 
     def abort(self) -> None:
@@ -118,7 +123,9 @@ class MemoryListener:
             await asyncio.wait(list(self._accepted))
 
 
-async def dial(url: str, *, timeout: float, tls: ssl.SSLContext | None) -> MemoryConnection:
+async def dial(
+    url: str, *, timeout: float, tls: ssl.SSLContext | None, greeting_max: int | None
+) -> MemoryConnection:
     """See `crdtstate.transports.dial`."""
     listener = _names_here().get(_check(url))
     if listener is None:
@@ -127,7 +134,13 @@ async def dial(url: str, *, timeout: float, tls: ssl.SSLContext | None) -> Memor
 
 
 async def listen(
-    url: str, accept: Accept, *, http: Http | None, tls: ssl.SSLContext | None
+    url: str,
+    accept: Accept,
+    *,
+    http: Http | None,
+    tls: ssl.SSLContext | None,
+    gate: Gate | None,
+    greeting_max: int | None,
 ) -> MemoryListener:
     """See `crdtstate.transports.listen`."""
     if _check(url) in _names_here():

@@ -375,7 +375,20 @@ function legend() {
   }
 }
 
+// The token: behind the # of the URL, which is sent to nobody. It is kept for this tab, so that the
+// page can be loaded again, and taken off the URL, so that it is not shown, copied or remembered.
+
+const given = new URLSearchParams(location.hash.slice(1)).get("token");
+if (given) {
+  sessionStorage.setItem("token", given);
+  history.replaceState(null, "", location.pathname);
+}
+// A URL with another token, opened in the same tab, loads nothing by itself.
+addEventListener("hashchange", () => location.reload());
+
 // The stream
+
+const NOT_ADMITTED = 4401;
 
 let failures = 0;
 let silence = 0;
@@ -391,6 +404,7 @@ function connect() {
     silence = setTimeout(() => lost(stream), SILENCE_MAX_MS);
   };
   listen();
+  stream.onopen = () => stream.send(sessionStorage.getItem("token") ?? "");
   stream.onmessage = (message) => {
     listen();
     failures = 0;
@@ -401,7 +415,7 @@ function connect() {
     }
     alive();
   };
-  stream.onclose = () => lost(stream);
+  stream.onclose = (event) => lost(stream, event.code);
 }
 
 function alive() {
@@ -413,8 +427,8 @@ function alive() {
   title();
 }
 
-function lost(stream) {
-  stream.onclose = stream.onmessage = null;
+function lost(stream, code) {
+  stream.onopen = stream.onclose = stream.onmessage = null;
   stream.close();
   clearTimeout(silence);
   at("link").dataset.state = "gone";
@@ -422,10 +436,15 @@ function lost(stream) {
   put(at("health"), "unknown");
   at("health").dataset.state = "unknown";
   const what = newest === null ? "The relay does not answer." : `The relay is gone. This is how it was at ${time(newest)}.`;
-  put(at("gone"), `${what} Trying again.`);
+  const locked = "This page needs the relay's token. Open the URL that crdtstate page prints.";
+  put(at("gone"), code === NOT_ADMITTED ? locked : `${what} Trying again.`);
   at("gone").hidden = false;
   at("main").classList.add("gone");
   title();
+  if (code === NOT_ADMITTED) {
+    sessionStorage.removeItem("token");
+    return;
+  }
   const pause = RETRY_MS[Math.min(failures++, RETRY_MS.length - 1)];
   setTimeout(connect, pause * (0.75 + Math.random() / 2));
 }

@@ -1,0 +1,67 @@
+"""
+Proofs that a writer has gone on in two ways.
+
+Two changes prove it that are both the writer's and cannot both be: two of one dot, or one that does
+not follow the change before it (an *equivocation*; Kleppmann, "Making CRDTs Byzantine fault
+tolerant", 2022). Where changes are signed, whoever has seen both can convince everybody; their
+updates are not needed for it. A store that was copied and used twice looks the same as a lie.
+"""
+
+from __future__ import annotations
+
+import msgpack
+
+from crdtstate.authors import Authors
+from crdtstate.change import CARD_BYTES_MAX, Change, decode_head
+from crdtstate.errors import InvalidUpdate
+
+DOCUMENT = "@forks"
+PROOFS = "proofs"
+
+FORMAT = 1
+PROOF_BYTES_MAX = 4 * 2**20
+
+
+def key_of(change: Change) -> str:
+    """Where a proof about a change's writer stands in `PROOFS`."""
+    return f"{change.writer:x}/{change.document}"
+
+
+def has_forked(one: Change, other: Change) -> bool:
+    """Whether two changes cannot both be of an honest writer."""
+    if (one.writer, one.document) != (other.writer, other.document):
+        return False
+    if one.seq == other.seq:
+        return one.id != other.id
+    first, second = sorted((one, other), key=lambda change: change.seq)
+    return second.seq == first.seq + 1 and second.prev != first.id
+
+
+def encode(one: Change, other: Change, card: bytes) -> bytes:
+    """Two changes that prove a fork, and the *card* of their writer."""
+    data: bytes = msgpack.packb([FORMAT, one.head, other.head, card])
+    return data
+
+
+def decode(data: object, authors: Authors) -> tuple[str, int, str]:
+    """Read a proof that may come from anybody: (document, writer, agent).
+
+    Raises:
+        InvalidUpdate: It proves nothing.
+    """
+    if type(data) is not bytes or len(data) > PROOF_BYTES_MAX:
+        raise InvalidUpdate("a proof of the wrong shape")
+    try:
+        fields = msgpack.unpackb(data, use_list=False)
+    except Exception as exc:
+        raise InvalidUpdate(f"a proof is not valid msgpack: {exc}") from exc
+    if type(fields) is not tuple or len(fields) != 4 or fields[0] != FORMAT:
+        raise InvalidUpdate("a proof of an unknown format")
+    if not all(type(each) is bytes for each in fields[1:]) or len(fields[3]) > CARD_BYTES_MAX:
+        raise InvalidUpdate("a proof of the wrong shape")
+    one, other = decode_head(fields[1]), decode_head(fields[2])
+    if not has_forked(one, other):
+        raise InvalidUpdate("a proof of nothing")
+    for change in (one, other):
+        authors.check(change, fields[3])
+    return one.document, one.writer, one.origin.agent
