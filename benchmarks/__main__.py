@@ -21,6 +21,7 @@ from benchmarks.recovery import recovery
 from benchmarks.report import as_json, as_table, machine
 from benchmarks.security import security
 from benchmarks.service import service
+from benchmarks.signing import signing
 from benchmarks.writes import writes
 
 BENCHMARKS: dict[str, Callable[[Effort], Sequence[Result]]] = {
@@ -37,6 +38,7 @@ BENCHMARKS: dict[str, Callable[[Effort], Sequence[Result]]] = {
     "checkpoints": checkpoints,
     "service": service,
     "security": security,
+    "signing": signing,
     "faults": faults,
     "mesh": mesh,
     "thousand": thousand,

@@ -24,12 +24,13 @@ The map of the house, from the ground up; a module imports from its own floor an
     floor 2  outcomes  commands (what stands in @control)  board  judging (who does what, once)
              events  config  wire (frames)  identity (who may write as whom)  link  tree
              membership  topology  mesh (whom to be connected to)  transfer  ledger (what is
-             committed)  haves  wants  pending  outgoing  serving  upkeep
+             committed)  haves  wants  pending  verdicts  outgoing  serving  upkeep
              comparing  sync (the core)
              past (read-only)  history  rewrite (bringing back)  manifest (of a checkpoint)
              retention  ladder (what a replica recovers from)
-    floor 3  audit (a chain of records)  keys (of agents, pinned)  credentials (what
-             a mesh asks for)  authority (who invites)  transports (memory, websocket)
+    floor 3  trial (a process that may die of it)  audit (a chain of records)
+             keys (of agents, pinned)  credentials (what a mesh asks for)
+             authority (who invites)  transports (memory, websocket)
              stores (memory, SQLite journal)  tiers (memory, shm, sqlite, redis, s3)
     floor 4  arguments  glance (how it is doing)  observers (handlers, events)  saving (into the
              store)  connections  borrowing (a writer)  cutting (a moment)  shelf (a tier)

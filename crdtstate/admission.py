@@ -26,7 +26,7 @@ from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from urllib.parse import urlsplit
 
-from crdtstate.bans import Bans, Bucket, Culprit, Offence, address_of, is_loopback
+from crdtstate.bans import CULPRITS_MAX, Bans, Bucket, Culprit, Offence, address_of, is_loopback
 from crdtstate.certificates import Certificate, is_valid_at
 from crdtstate.credentials import Credentials, open_host_credentials
 from crdtstate.errors import (
@@ -53,6 +53,8 @@ log = logging.getLogger("crdtstate")
 TOLD_BURST = 10
 TOLD_PER_SECOND = 0.1
 """How many refusals of strangers become events and lines of the log."""
+
+HOUR = 3600.0
 
 RELOAD_EVERY = 1.0
 """How often is looked whether the file of the credentials was altered, at most."""
@@ -98,6 +100,8 @@ class Door:
         self._half_open: Counter[str] = Counter()
         self._told: Bucket | None = None
         self._reload_at = float("-inf")
+        # Key -> writers that came with it, and when each came last.
+        self._writers: dict[bytes, dict[int, float]] = {}
         # Why somebody was refused -> how often, for metrics.
         self.refused: Counter[str] = Counter()
 
@@ -266,6 +270,22 @@ class Door:
             return CloseCode.BANNED, f"banned for {left:.0f} s"
         return None
 
+    def comes_as(self, identity: Identity, writer: int) -> bool:
+        """Somebody who is connected says as which writer; return whether it may."""
+        if identity.certificate is None:
+            return True
+        now, key = _now(), identity.certificate.key
+        lately = self._writers.pop(key, {})
+        lately = {each: at for each, at in lately.items() if now - at < HOUR}
+        if may := writer in lately or len(lately) < self._limits.writers_per_hour:
+            lately[writer] = now
+        else:
+            self._bans.blame(key, Offence.RATE, now)
+        self._writers[key] = lately
+        while len(self._writers) > CULPRITS_MAX:
+            del self._writers[next(iter(self._writers))]
+        return may
+
     async def refuse(
         self, connection: Connection, code: CloseCode, reason: str, agent: str | None = None
     ) -> None:
@@ -277,7 +297,7 @@ class Door:
         if self._told.has(1, now):
             self._told.take(1, now)
             who = agent or connection.remote
-            log.warning("refused %s: %s", who, reason)
+            log.warning("refused %s: %s", _printable(who), _printable(reason))
             self._emit(PeerRejected(who, reason))
         await connection.close(reason, code)
 
@@ -324,6 +344,11 @@ def is_private(url: str) -> bool:
         return True
     host = (parts.hostname or "").removesuffix(".")
     return host == "localhost" or is_loopback(host)
+
+
+def _printable(text: str) -> str:
+    """*text* on one line, whoever wrote it."""
+    return "".join(each if each.isprintable() else "?" for each in text)
 
 
 def _now() -> float:

@@ -19,8 +19,10 @@ import hashlib
 import hmac
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
+import msgpack
 from nacl.exceptions import CryptoError
 from nacl.signing import VerifyKey
 
@@ -45,11 +47,12 @@ from crdtstate.change import (
 from crdtstate.clock import WRITER_BITS
 from crdtstate.errors import InvalidCertificate, Unproven, UsageError
 from crdtstate.signing import verify
-from crdtstate.wire import Hello
+from crdtstate.wire import Answer, Hello
 
 K = TypeVar("K")
 
 PURPOSE = "change/2"
+ANSWER = "answer/1"
 
 UNPROVEN = " (not proven)"
 
@@ -127,6 +130,14 @@ class Authors(Protocol):
         """Whether who has proved to have a certificate says hello under its own name and
         number."""
 
+    def prove_answer(self, answer: Answer) -> Answer:
+        """An own answer to a question, with what proves it."""
+        raise NotImplementedError
+
+    def is_answer(self, answer: Answer) -> bool:
+        """Whether an answer is that of the agent that it names."""
+        raise NotImplementedError
+
     def may_take(self, document: str) -> bool:
         """Whether this replica may have a document,"""
 
@@ -176,6 +187,12 @@ class Unsigned:
         return b""
 
     def is_right(self, hello: Hello, certificate: Certificate) -> bool:
+        return True
+
+    def prove_answer(self, answer: Answer) -> Answer:
+        return answer
+
+    def is_answer(self, answer: Answer) -> bool:
         return True
 
     def may_take(self, document: str) -> bool:
@@ -289,6 +306,23 @@ class Signed:
     def head(self, writer: int) -> bytes:
         return self._heads[writer]
 
+    def prove_answer(self, answer: Answer) -> Answer:
+        proof = self._sign(ANSWER, self._told(answer))
+        return replace(answer, certificate=self._own().data, proof=proof)
+
+    def is_answer(self, answer: Answer) -> bool:
+        try:
+            found = self._decode(answer.certificate)
+        except InvalidCertificate:
+            return False
+        is_its = found.agent == answer.agent
+        return is_its and verify(ANSWER, self._told(answer), answer.proof, found.key)
+
+    def _told(self, answer: Answer) -> bytes:
+        fields = [answer.nonce, answer.agent, answer.version.flat()]
+        told: bytes = msgpack.packb(fields)
+        return self._mesh + told
+
     def may_take(self, document: str) -> bool:
         return self._own().allows(FORWARD, document)
 
@@ -369,19 +403,23 @@ class Signed:
             if writer not in cards
         }
 
+    def _decode(self, data: bytes) -> Certificate:
+        found = self._decoded.get(data)
+        if found is None:
+            found = decode_certificate(data, self._root)
+            _keep(self._decoded, data, found)
+        return found
+
     def certificate(self, writer: int, card: bytes) -> Certificate:
         """The certificate on a writer's card. Raises Unproven if it is not that writer's."""
         found = self._checked.get((writer, card))
         if found is None:
             if not card:
                 raise Unproven(f"nothing tells who {writer:x} is")
-            data = card[CARD_HEAD:]
-            found = self._decoded.get(data)
             try:
-                found = found or decode_certificate(data, self._root)
+                found = self._decode(card[CARD_HEAD:])
             except InvalidCertificate as exc:
                 raise Unproven(f"the card of {writer:x}: {exc}") from exc
-            _keep(self._decoded, data, found)
             if _number(self._mesh, found.key, card[:CARD_HEAD]) != writer:
                 raise Unproven(f"the card of {writer:x} is another writer's")
             _keep(self._checked, (writer, card), found)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from crdtstate import handshake, sync, wire
 from crdtstate.admission import Door
 from crdtstate.bans import Offence
-from crdtstate.errors import ProtocolError, StoreError, TransportError, UsageError
+from crdtstate.errors import ProtocolError, StoreError, TooLarge, TransportError, UsageError
 from crdtstate.events import Event
 from crdtstate.handshake import Identity
 from crdtstate.limits import CloseCode
@@ -249,9 +249,14 @@ class Connections:
                         reason = refusal[1]
                         await self._door.refuse(connection, *refusal, agent=identity.agent)
                         break
-                frames = self._receive(peer, data)
+                frames = wire.decode_message(data)
+                if not self._may_come(identity, frames):
+                    reason = "too many writers of this key"
+                    await self._door.refuse(connection, CloseCode.RATE, reason, identity.agent)
+                    break
+                self._receive(peer, frames, len(data))
                 if throttle is not None:
-                    pause = throttle.take(frames, len(data), self._loop.time())
+                    pause = throttle.take(len(frames), len(data), self._loop.time())
                     if pause:
                         self.traffic.throttled_seconds += pause
                         await asyncio.sleep(pause)
@@ -261,7 +266,8 @@ class Connections:
         except ProtocolError as exc:
             reason = str(exc)
             self._door.blame(identity, connection.origin, Offence.BAD_FRAME)
-            await self._door.refuse(connection, CloseCode.BAD_FRAME, reason, agent=identity.agent)
+            code = CloseCode.TOO_LARGE if isinstance(exc, TooLarge) else CloseCode.BAD_FRAME
+            await self._door.refuse(connection, code, reason, agent=identity.agent)
         except Exception as exc:
             # A bug of ours. It costs this connection, not the replica.
             log.exception("%s: serving %s failed", self._agent, connection.remote)
@@ -277,17 +283,22 @@ class Connections:
                 self._wake()
         return link
 
-    def _receive(self, peer: int, data: bytes) -> int:
-        """Give the core what came; return how many frames it was."""
+    def _may_come(self, identity: Identity, frames: list[wire.Frame]) -> bool:
+        return all(
+            self._door.comes_as(identity, frame.writer)
+            for frame in frames
+            if isinstance(frame, wire.Hello)
+        )
+
+    def _receive(self, peer: int, frames: list[wire.Frame], size: int) -> None:
+        """Give the core the frames of a message."""
         now = self._loop.time()
         self.traffic.messages_in += 1
-        self.traffic.bytes_in += len(data)
-        frames = wire.decode_message(data)
+        self.traffic.bytes_in += size
         for frame in frames:
             self._core.receive(peer, frame, now)
         # Not at once: others may have sent something too.
         self._wake()
-        return len(frames)
 
     # Sending
 

@@ -226,6 +226,8 @@ class Document:
         # judged. And whether what is written now is to be judged at once.
         self._admitted: tuple[int, Origin] | None = None
         self._judges = True
+        # Whether changes are admitted that cannot be judged here: only by who tells nobody.
+        self.admits_unjudged = False
         # With how many refused changes of a writer to forget those that do not stand any more.
         self._prune_at = PRUNE_MIN
         self._clock = clock
@@ -460,9 +462,61 @@ class Document:
                 after = after.plus(path, lanes.slot(owner, path), -1)
         for path, slot in slots.items():
             after = after.plus(path, before[path], -1).plus(path, slot)
+        return self._verdict(force, change, slots, before, use, after)
+
+    def _unadmitted(self) -> tuple[dict[str, Slot | None], Use]:
+        """What the open change writes over, and how much was here before it, if there are rules
+        and it was not admitted: whoever saw to that is no better off than others."""
+        if not self.rules.now or self._admitted is not None:
+            return {}, Use()
+        use = self.lanes.use(self.writer)
+        for path, slot in self._before.items():
+            use = use.plus(path, self.lanes.own_slot(path), -1).plus(path, slot)
+        return dict(self._before), use
+
+    def _judge_own(
+        self, change: Change, before: Mapping[str, Slot | None], use: Use
+    ) -> Refusal | None:
+        """Judge an own change that was sealed without that, as all others do."""
+        lanes = self.lanes
+        slots = {
+            path: slot
+            for path in before
+            if (slot := lanes.own_slot(path)) is not None and slot.seq == change.seq
+        }
+        if all(rule_of(path) is not None for path in slots):
+            return None
+        after = lanes.use(self.writer)
+        try:
+            refused = self._verdict(self.rules.now, change, slots, before, use, after)
+        except UnknownValidator:
+            # It is sealed; who can tell will.
+            return None
+        if refused is not None:
+            self.hiding.refuse(change.dot, refused)
+            self._prune_some(change.writer)
+            lanes.watch()
+            lanes.review(change.writer, refused.paths)
+        return refused
+
+    def _verdict(
+        self,
+        force: Force,
+        change: Change,
+        slots: Mapping[str, Slot],
+        before: Mapping[str, Slot | None],
+        use: Use,
+        after: Use,
+    ) -> Refusal | None:
+        """What *force* makes of a change that writes *slots* over what was *before*."""
         is_resolution = change.kind == RESOLUTION
-        proposal = propose(self.name, plan.writer, change.origin, is_resolution, slots, before)
-        reason = force.judge(proposal, use, after)
+        proposal = propose(self.name, change.writer, change.origin, is_resolution, slots, before)
+        try:
+            reason = force.judge(proposal, use, after)
+        except UnknownValidator:
+            if not self.admits_unjudged:
+                raise
+            reason = None
         if reason is None:
             return None
         counts = {
@@ -470,10 +524,8 @@ class Document:
             for path, slot in slots.items()
             if path[0] == "c" and (added := net_of(slot) - net_of(before[path]))
         }
-        paths = tuple(sorted(slots))
-        return Refusal(
-            change.origin.agent, change.stamp, reason[:REASON_CHARS_MAX], paths, counts or NO_COUNTS
-        )
+        paths, reason = tuple(sorted(slots)), reason[:REASON_CHARS_MAX]
+        return Refusal(change.origin.agent, change.stamp, reason, paths, counts or NO_COUNTS)
 
     # Hiding
 
@@ -808,6 +860,7 @@ class Document:
             except UsageError:
                 self.rollback()
                 raise
+        opened, use = self._unadmitted()
         self._admitted = None
         kind, self._open_kind = (self._open_kind if self.is_open else TIDY), WRITE
         met, self._met = self._met, {}
@@ -819,9 +872,11 @@ class Document:
         if not update:
             return None
         change = self._sealed(update, origin, kind)
+        refused = self._judge_own(change, opened, use) if opened else None
         if self.rules.said or any(path[0] == "@" for path in self.written):
             says = {path: self.lanes.own_slot(path) for path in self.written}
-            self.rules.note(change.dot, change.deps, rules_of(says))
+            told = rules_of(says) if refused is None else {}
+            self.rules.note(change.dot, change.deps, told)
         if self.on_delivered is not None:
             resolutions = []
             for path in self.written if met else ():
@@ -829,7 +884,8 @@ class Document:
                 if _differ(found):
                     slot = self.lanes.own_slot(path)
                     resolutions.append(self._resolution(path, found, slot, is_meant, change))
-            self.on_delivered(Delivery(self, change, self.written, resolutions, True))
+            hidden = [(change.dot, refused)] if refused is not None else []
+            self.on_delivered(Delivery(self, change, self.written, resolutions, True, hidden))
         return change
 
     def _resolution(
@@ -909,12 +965,11 @@ class Document:
         return self.version.get(writer, 0) == SEQ_MAX
 
     def close_lane(self, writer: int) -> None:
-        """Hide all of a writer, and take in nothing more of it: it counts as delivered to the end,
-        so that nobody waits for what builds on it."""
+        """Take in nothing more of a writer: it counts as delivered to the end, so that nobody waits
+        for what builds on it. What is here of it is to be hidden (`hide`)."""
         self.version[writer] = SEQ_MAX
         self.ids[writer] = bytes(ID_BYTES)
         self.heads.pop(writer, None)
-        self.hide(writer, Ceiling(0))
 
     def adopt(self, writer: int) -> None:
         """Look after the lane of a closed *writer* from now on (L6): what is settled in it is

@@ -64,6 +64,8 @@ class DocumentSet:
         self.foreign: set[str] = set()
         # Told of all that pycrdt is given.
         self.witness: Witness | None = None
+        # See `Document.admits_unjudged`.
+        self.admits_unjudged = False
         self.polls = Polls(self)
 
     # Reading and writing
@@ -291,6 +293,7 @@ class DocumentSet:
         )
         document.prover = self.prover_of(self._writer)
         document.witness = self.witness
+        document.admits_unjudged = self.admits_unjudged
         self._documents[name] = document
         return document
 

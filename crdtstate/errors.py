@@ -14,6 +14,7 @@ Every error crdtstate raises, named for the situation, and the state it leaves b
     ├── ProtocolError           a peer's mistake; its message was dropped, our state is untouched
     │   ├── InvalidCertificate  a certificate or join token that proves nothing
     │   ├── InvalidRevocation   a revocation that nobody signed who may
+    │   ├── TooLarge            something compressed that was not unpacked
     │   ├── NotAdmitted         a handshake in which somebody proved nothing; nothing was told
     │   └── InvalidUpdate       a change or snapshot that breaks the rules of lanes
     ├── TransportError          a connection could not be made or broke; it is dialled again
@@ -141,6 +142,10 @@ class InvalidRevocation(ProtocolError):
     def __init__(self, reason: str) -> None:
         super().__init__(f"the revocation is not valid: {reason}")
         self.reason = reason
+
+
+class TooLarge(ProtocolError):
+    """Something compressed that would take more room than it may; it was not unpacked."""
 
 
 class NotAdmitted(ProtocolError):

@@ -483,8 +483,9 @@ class KeyChanged(Event):
     Attributes:
         known: The key it had, as text,
         offered: and the one that it shows now.
-        is_taken: Whether it is believed: if the key before was only for one session. Else what it
-            shares is refused until `Replica.trust` says otherwise.
+        is_taken: Whether it is believed: if the key before was only for one session, or a
+            certificate says whose this one is. Else what it shares is refused until
+            `Replica.trust` says otherwise.
     """
 
     agent: str

@@ -143,6 +143,9 @@ class Examiner:
     async def _run(self) -> None:
         while True:
             try:
+                if _is_frozen():
+                    await self._take_untried()
+                    continue
                 await self._serve()
             except OSError as exc:
                 # What others write in native documents waits until it can be tried.
@@ -155,6 +158,15 @@ class Examiner:
             self._asked.clear()
             if not self._open:
                 await self._asked.wait()
+
+    async def _take_untried(self) -> None:
+        """There is no interpreter to start: all there is, is the guard."""
+        if self._open:
+            log.error("%s: nothing to try changes with; they go in untried", self._agent)
+        for number in list(self._open):
+            self._end(number, None)
+        self._asked.clear()
+        await self._asked.wait()
 
     async def _serve(self) -> None:
         """Start the process and talk to it until it is gone."""
@@ -298,7 +310,9 @@ class Examiner:
         return True
 
     def _write(self, *request: object) -> None:
-        assert self._process is not None and self._process.stdin is not None
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
         data = trial.frame(*request)
         self._sent += len(data)
         self._process.stdin.write(data)
@@ -377,6 +391,12 @@ class Examiner:
         self._careful = max(self._open, default=0)
         if self._process is not None:
             _kill(self._process)
+            self._process = None
+
+
+def _is_frozen() -> bool:
+    """Whether `sys.executable` is the program itself, as PyInstaller makes it, or unknown."""
+    return bool(getattr(sys, "frozen", False)) or not sys.executable
 
 
 def _search_path() -> list[str]:

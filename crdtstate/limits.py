@@ -33,16 +33,15 @@ class CloseCode(IntEnum):
     """A message that is none, or rules that were broken again and again."""
     NOT_ADMITTED = 4401
     """The handshake failed; all failures look alike."""
-    FORBIDDEN = 4403
-    """A member asked for what it may not have."""
     TIMEOUT = 4408
     """The handshake took too long."""
     DUPLICATE = 4409
     """This key has newer connections, as many as it may have."""
     TOO_LARGE = 4413
-    """A message of the handshake that is larger than any."""
+    """Something compressed that would take more room than it may. (A message that is larger than
+    any is 1009, of strangers above 4 KiB.)"""
     RATE = 4429
-    """More than may come, in a way that waiting does not mend."""
+    """This key has come under too many names of writers lately."""
     REVOKED = 4430
     """The certificate was revoked, or has expired meanwhile."""
     BANNED = 4431
@@ -79,6 +78,10 @@ class Limits:
 
     connections_per_key: int = 8
     """Connections of one certificate's key. A new one closes the oldest (4409)."""
+
+    writers_per_hour: int = 600
+    """Writers under which one certificate's key may come within an hour (4429). An agent without a
+    store is a new one each time it is opened, and so is a command."""
 
     frames_per_second: float = 5_000
     """Frames that a peer may send for long. Beyond, it is read more slowly, so it has to wait;

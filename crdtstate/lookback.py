@@ -16,6 +16,7 @@ from functools import partial
 from itertools import chain, islice
 from typing import NamedTuple, TypeVar
 
+from crdtstate.authors import Authors, Unsigned
 from crdtstate.change import CHANGE_BYTES_MAX, Change, Snapshot, decode_change
 from crdtstate.checkpoints import Checkpoint, Checkpoints
 from crdtstate.clock import Cut, Version
@@ -97,6 +98,7 @@ class Lookback:
         settle: Seals what is open and hands it to the store.
         wait_until: Waits until something is so; takes a word for what is waited for.
         takes: Whether a document is to be here.
+        authors: Tells who the writers in a checkpoint are.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Lookback:
         settle: Callable[[], None],
         wait_until: Callable[[Callable[[], bool], str], Awaitable[None]],
         takes: Callable[[str], bool],
+        authors: Authors | None = None,
     ) -> None:
         self._documents = documents
         self._store = store
@@ -116,6 +119,7 @@ class Lookback:
         self._settle = settle
         self._wait_until = wait_until
         self._takes = takes
+        self._authors: Authors = authors or Unsigned()
 
     # What users ask for
 
@@ -142,9 +146,9 @@ class Lookback:
                     await _aside(loaded.shared, partial(past.fill, *content))
                 except InvalidUpdate as exc:
                     raise CorruptCheckpoint("checkpoint", id, str(exc)) from exc
-                document, authors = past.document(loaded.name), self._core.authors
+                document = past.document(loaded.name)
                 # Also those who are named by its changes only.
-                document.agents.update(authors.unproven(document.agents, document.cards))
+                document.agents.update(self._authors.unproven(document.agents, document.cards))
         return past
 
     async def _read_snapshot(self, id: str, loaded: LoadedDocument) -> Snapshot:
@@ -152,7 +156,7 @@ class Lookback:
         proven. Raises CorruptCheckpoint."""
         try:
             snapshot = await asyncio.to_thread(Snapshot.decode, loaded.snapshot)
-            return self._core.authors.vouch(snapshot)
+            return self._authors.vouch(snapshot)
         except InvalidUpdate as exc:
             raise CorruptCheckpoint("checkpoint", id, str(exc)) from exc
 

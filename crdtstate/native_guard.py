@@ -10,8 +10,8 @@ is empty, endless, nested too deep or of a kind we don't share. `Known` remember
 An honest word: this wall is lower than that of lanes. Of 220,000 hostile histories made from the
 grammar none crashed or hung pycrdt behind it (with a laxer one 6 in 100 did), but nobody can tell
 from outside that yrs survives each well-formed edit of a sequence, and some (1 to 3 in 100) read
-differently after a reload. Shared documents are for members you trust; what browsers send goes
-through a process of its own with a time limit.
+differently after a reload. So what others send is tried first in a process of its own with limits
+on time and memory (`trial`), where a replica takes it in.
 """
 
 from __future__ import annotations

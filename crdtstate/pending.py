@@ -21,6 +21,12 @@ from crdtstate.config import Config
 from crdtstate.document import Document
 from crdtstate.wants import Wants
 
+SHARE = 4
+SHARE_CHANGES_MIN = 64
+SHARE_BYTES_MIN = 2**20
+"""One writer may have a quarter of what may wait, or this if it is more: gaps that never close must
+not keep out what others' changes wait for."""
+
 Place = tuple[str, int, int]
 """Where a change belongs: document, writer, seq."""
 
@@ -30,6 +36,13 @@ class Parked(NamedTuple):
 
     change: Change
     peer: int
+
+
+class Share(NamedTuple):
+    """How much of one writer waits."""
+
+    changes: int = 0
+    size_bytes: int = 0
 
 
 class Pending:
@@ -49,6 +62,8 @@ class Pending:
         # Those that wait for nothing but a verdict; see `verdicts`.
         self._held: set[Place] = set()
         self.size_bytes = 0
+        # Writer -> how much of its waits.
+        self._shares: dict[int, Share] = {}
 
     # Looking
 
@@ -79,8 +94,7 @@ class Pending:
             due = now + self._config.want_retry
             self._wants.want(change.document, change.writer, change.seq, due)
             return
-        self._parked[_place(change)] = Parked(change, peer)
-        self.size_bytes += len(change.data)
+        self._put_in(change, peer)
         self._wait(document, change, now)
 
     def hold(self, change: Change, peer: int, now: float) -> bool:
@@ -89,9 +103,8 @@ class Pending:
             due = now + self._config.want_retry
             self._wants.want(change.document, change.writer, change.seq, due)
             return False
-        self._parked[_place(change)] = Parked(change, peer)
+        self._put_in(change, peer)
         self._held.add(_place(change))
-        self.size_bytes += len(change.data)
         return True
 
     def release(self, change: Change) -> bool:
@@ -103,11 +116,27 @@ class Pending:
         return is_held
 
     def _has_room(self, change: Change) -> bool:
-        limit = self._config
+        limit, size = self._config, len(change.data)
+        shares = self._shares.get(change.writer, Share())
         return (
             len(self._parked) < limit.pending_changes
-            and self.size_bytes + len(change.data) <= limit.pending_bytes
+            and self.size_bytes + size <= limit.pending_bytes
+            and shares.changes < max(SHARE_CHANGES_MIN, limit.pending_changes // SHARE)
+            and shares.size_bytes + size <= max(SHARE_BYTES_MIN, limit.pending_bytes // SHARE)
         )
+
+    def _put_in(self, change: Change, peer: int) -> None:
+        self._parked[_place(change)] = Parked(change, peer)
+        self._count(change, 1)
+
+    def _count(self, change: Change, sign: int) -> None:
+        size = sign * len(change.data)
+        self.size_bytes += size
+        share = self._shares.get(change.writer, Share())
+        share = Share(share.changes + sign, share.size_bytes + size)
+        self._shares[change.writer] = share
+        if not share.changes:
+            del self._shares[change.writer]
 
     def _wait(self, document: Document, change: Change, now: float) -> None:
         version = document.version
@@ -148,7 +177,7 @@ class Pending:
     def _take_out(self, place: Place) -> Parked:
         self._held.discard(place)
         parked = self._parked.pop(place)
-        self.size_bytes -= len(parked.change.data)
+        self._count(parked.change, -1)
         return parked
 
 

@@ -95,12 +95,16 @@ class Quorum:
         committed: Callable[[str], Version],
         send: Callable[[int, wire.Frame], None],
         hurry: Callable[[], None],
+        prove: Callable[[wire.Answer], wire.Answer] = lambda answer: answer,
+        is_proven: Callable[[wire.Answer], bool] = lambda answer: True,
     ) -> None:
         self._agent = agent
         self._is_durable = is_durable
         self._committed = committed
         self._send = send
         self._hurry = hurry
+        self._prove = prove
+        self._is_proven = is_proven
         self._questions: dict[int, Question] = {}
         # Nonce -> attempt and link of a question that came by.
         self._routes: OrderedDict[int, tuple[int, int]] = OrderedDict()
@@ -204,7 +208,8 @@ class Quorum:
         if waiting.peer is None:
             self._take(frame.nonce, self._agent, told)
         else:
-            self._send(waiting.peer, wire.Answer(frame.nonce, self._agent, told))
+            answer = wire.Answer(frame.nonce, self._agent, told)
+            self._send(waiting.peer, self._prove(answer))
 
     def progressed(self, documents: Iterable[str] | None, persisted: int, synced: int) -> None:
         """Something was committed in *documents*, or with None: synced. Answer what waited."""
@@ -215,7 +220,8 @@ class Quorum:
     def on_answer(self, frame: wire.Answer) -> None:
         """Take in an answer to an own question, or pass it on towards who asked."""
         if frame.nonce in self._questions:
-            self._take(frame.nonce, frame.agent, frame.version)
+            if self._is_proven(frame):
+                self._take(frame.nonce, frame.agent, frame.version)
         elif (route := self._routes.get(frame.nonce)) is not None and frame.hops:
             self._send(route[1], replace(frame, hops=frame.hops - 1))
 

@@ -467,6 +467,7 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
             settle=self._settle,
             wait_until=self._wait_until,
             takes=lambda name: takes(self._subscribe, name),
+            authors=self._authors,
         )
         self._adoption = Adoption(
             self,
@@ -968,11 +969,15 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
 
     def _note_fork(self, change: Change, seq: int) -> None:
         """A change came that does not fit to the change *seq* of its writer that is here."""
-        where = change.document, change.writer
         found, _ = self._store.read(change.document, [(change.writer, seq, seq)], 1)
-        log.error("%s: %s has gone on in two ways in %r", self.agent, change.origin.agent, where)
+        agent = change.origin.agent
+        log.error("%s: %s has gone on in two ways in %r", self.agent, agent, change.document)
         for data in found:
-            self._standing.found(change, decode_change(data))
+            held = decode_change(data)
+            ids = f"changes {held.id.hex()} and {change.id.hex()} of {change.document!r}"
+            if (record := self._audit.rejected(agent, f"went on in two ways: {ids}")) is not None:
+                self._saving.note(record)
+            self._standing.found(change, held)
 
     def _tell_standing(self, event: Event) -> None:
         self._emit(event)
@@ -984,6 +989,14 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
         """Nothing more of a writer is taken in."""
         self._sync.closed(name, writer, self._loop.time())
         self._wake()
+
+    def _release_aside(self, id: bytes) -> bool:
+        """Let pycrdt try a change again that it did not survive; False if there is no such."""
+        if self._suspects is not None:
+            self._suspects.release(id)
+        is_there = self._sync.release(id, self._loop.time())
+        self._wake()
+        return is_there
 
     def _note_verdict(self, number: int, fault: str | None) -> None:
         if self._state == "open":

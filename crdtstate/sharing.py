@@ -166,7 +166,8 @@ class Sharing(DocumentSet):
         return [each for each in self._packets.all() if name in (None, each.name)]
 
     def trust(self, agent: str) -> None:
-        """Believe the next key that *agent* shows, after `KeyChanged`. Raises StoreError."""
+        """Believe the next key that *agent* shows, after `KeyChanged`. In a mesh with certificates
+        they say whose a key is, and this is not needed. Raises StoreError."""
         self._check_usable()
         self._keyring.unpin(agent)
 

@@ -218,10 +218,11 @@ class Standing:
     def _close_in(self, document: Document, writer: int) -> None:
         if document.is_closed(writer):
             # It was before: a restart, or a snapshot of somebody who knew.
-            document.close_lane(writer)
+            self._documents.hide(document.name, writer, Ceiling(0))
             return
         own = document.live_slots(writer) if self._is_own(writer) else {}
         document.close_lane(writer)
+        self._documents.hide(document.name, writer, Ceiling(0))
         if own:
             # Nobody lied here: a store was copied. What it said is said again.
             self._unsaid.append((document, own))
@@ -315,7 +316,8 @@ class Standing:
             name = document.name
             seq = self._revoked.cut(certificate, name, writer) if certificate else None
             if seq is not None and not document.is_closed(writer):
-                document.hide(writer, Ceiling(seq, self._counts.get((name, writer, seq), {})))
+                counts = self._counts.get((name, writer, seq), {})
+                self._documents.hide(name, writer, Ceiling(seq, counts))
 
 
 def hash_of(revocation: Revocation) -> str:

@@ -281,6 +281,8 @@ class Sync:
             self.committed_version,
             self._send,
             lambda: self._effects.append(Hurry()),
+            self.authors.prove_answer,
+            self.authors.is_answer,
         )
         self.presence = Presence(hello.writer, hello.agent, documents.wall_ms())
         # Of relays: the writers they lend; and what this replica borrowed.

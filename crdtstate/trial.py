@@ -19,6 +19,7 @@ import os
 import resource
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import msgpack
@@ -145,7 +146,9 @@ def _give_up_everything() -> None:
         resource.RLIMIT_NOFILE: 3,
     }
     for limit, value in limits.items():
-        resource.setrlimit(limit, (value, value))
+        # macOS has no limit of memory; there the one of time has to do.
+        with suppress(ValueError, OSError):
+            resource.setrlimit(limit, (value, value))
 
 
 def main() -> None:

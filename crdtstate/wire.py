@@ -27,10 +27,10 @@ from typing import Any, Literal, NoReturn, TypeVar
 import msgpack
 import zstandard
 
-from crdtstate.change import CARD_HEAD
+from crdtstate.change import CARD_BYTES_MAX, CARD_HEAD
 from crdtstate.clock import SEQ_MAX, WRITER_MAX, Version
 from crdtstate.digests import FANOUT, LEAF_MAX, PREFIX_BYTES_MAX
-from crdtstate.errors import ProtocolError, UsageError
+from crdtstate.errors import ProtocolError, TooLarge, UsageError
 from crdtstate.votes import VOTERS_MAX
 
 PROTOCOL_MIN = PROTOCOL_MAX = 1
@@ -57,6 +57,7 @@ CHANGES_MAX = 4096
 RANGES_MAX = 4096
 VERSION_ENTRIES_MAX = 200_000
 HAVE_ID_BYTES = 8
+PROOF_BYTES_MAX = 64
 NEIGHBOURS_MAX = 16
 """Neighbours named in a heartbeat, and links in a record: as many as a complete mesh has."""
 
@@ -338,6 +339,9 @@ class Answer:
     version: Version
     hops: int = HOPS_MAX
     """How often it may still be passed on: the ways back of two questions can form a circle."""
+    certificate: bytes = b""
+    proof: bytes = b""
+    """In a signed mesh, that the agent says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -529,8 +533,8 @@ def _to_array(frame: Frame) -> tuple[Any, ...]:
             return (0, low, high, *who, documents is not None, documents or (), head)
         case Ask(nonce, attempt, names, document, version, durable, tell):
             return (34, nonce, attempt, names, document, version.flat(), durable, tell)
-        case Answer(nonce, agent, version, hops):
-            return (35, nonce, agent, version.flat(), hops)
+        case Answer(nonce, agent, version, hops, certificate, proof):
+            return (35, nonce, agent, version.flat(), hops, certificate, proof)
         case Borrow():
             return (36,)
         case Lend(writer, seqs):
@@ -664,7 +668,7 @@ def _read_frame(source: msgpack.Unpacker, length: int, kind: int) -> Frame | Non
 _LENGTHS = {
     **{0: 12, 2: 3, 3: 10, 4: 4, 5: 3},
     **{16: 4, 17: 5, 18: 3, 24: 4, 25: 4, 26: 5, 28: 3},
-    **{34: 8, 35: 5, 36: 1, 37: 4, 38: 4, 40: 6},
+    **{34: 8, 35: 7, 36: 1, 37: 4, 38: 4, 40: 6},
     **{128: 8, 129: 3, 130: 9, 131: 8},
 }
 """How many values a frame's array has at least, by type."""
@@ -731,7 +735,10 @@ def _read_fields(source: msgpack.Unpacker, kind: int) -> Frame:
             )
         case 35:
             nonce, agent = _number(read(), 0, UINT64_MAX), _agent(read())
-            return Answer(nonce, agent, _read_version(source), _number(read(), 0, HOPS_MAX))
+            version, hops = _read_version(source), _number(read(), 0, HOPS_MAX)
+            certificate = _sized(read(), bytes, 0, CARD_BYTES_MAX)
+            proof = _sized(read(), bytes, 0, PROOF_BYTES_MAX)
+            return Answer(nonce, agent, version, hops, certificate, proof)
         case 36:
             return Borrow()
         case 37:
@@ -964,15 +971,17 @@ def _compress(raw: bytes) -> bytes:
 def _read_compressed(source: msgpack.Unpacker, length: int, room: int) -> bytes:
     if length != 3:
         raise ProtocolError("a compressed frame is not [127, raw size, zstd]")
-    raw_size = _number(source.unpack(), 1, min(FRAME_BYTES_MAX, room))
+    raw_size = _number(source.unpack(), 1, UINT64_MAX)
+    if raw_size > min(FRAME_BYTES_MAX, room):
+        raise TooLarge(f"a compressed frame of {raw_size} bytes")
     packed = _sized(source.unpack(), bytes, 1, FRAME_BYTES_MAX)
     # zstd allocates what its header states and then ignores max_output_size, and minds the
     # window only when streaming. So nothing is unpacked before the header was read here.
     stated = zstandard.get_frame_parameters(packed)
     if stated.content_size != raw_size:
-        raise ProtocolError(f"a compressed frame of {raw_size} bytes states {stated.content_size}")
+        raise TooLarge(f"a compressed frame of {raw_size} bytes states {stated.content_size}")
     if stated.window_size > 1 << WINDOW_LOG:
-        raise ProtocolError(f"a compressed frame looks back {stated.window_size} bytes")
+        raise TooLarge(f"a compressed frame looks back {stated.window_size} bytes")
     return _decompress(packed)
 
 

@@ -882,7 +882,15 @@ def test_without_the_extra_settings_are_the_same(tmp_path):
     file.write_text('name = "filed"\n')
     told = []
     for bare in (False, True):
-        flags = ("--config", str(file), "--drain", "0", "--peer", "ws://localhost:1", "--check-config")
+        flags = (
+            "--config",
+            str(file),
+            "--drain",
+            "0",
+            "--peer",
+            "ws://localhost:1",
+            "--check-config",
+        )
         with start("relay", *flags, bare=bare) as process:
             told.append(process.communicate(timeout=20))
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import Agent, asynchronous
 
-from crdtstate import ChangeQuarantined, Config, PeerRejected, Replica, examiner
+from crdtstate import ChangeQuarantined, Config, PeerRejected, Replica, examiner, trial
 from crdtstate.change import Change, Snapshot
 from crdtstate.examiner import Examiner
 from crdtstate.verdicts import Examine
@@ -182,6 +186,19 @@ async def test_a_process_that_others_kill_condemns_nobody() -> None:
 
 
 @asynchronous
+async def test_a_frozen_program_starts_itself_not_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    writer, reader = Agent(7), Agent(9)
+    async with Court() as court:
+        for change in [typed(writer, "one"), typed(writer, "two")]:
+            assert await court.wait_for(court.ask(reader, change)) == [None]
+
+        assert court.examiner.started == 0
+
+
+@asynchronous
 async def test_a_snapshot_is_examined_too(deadly: None) -> None:
     writer, reader = Agent(7), Agent(9)
     async with Court() as court:
@@ -207,6 +224,49 @@ async def test_what_breaks_the_rules_is_refused_for_good_only_on_a_fresh_copy() 
 
         assert fault is not None and "does not continue" in fault
         assert court.examiner.started == 2
+
+
+# The process itself
+
+
+def test_the_process_has_no_files_sockets_or_secrets_and_little_memory() -> None:
+    code = """
+import os, socket, sys
+from crdtstate import trial
+trial._give_up_everything()
+def fails(what):
+    try:
+        what()
+    except (OSError, MemoryError) as exc:
+        return True
+    return False
+done = [
+    fails(lambda: open("/etc/passwd")),
+    fails(lambda: socket.socket()),
+    fails(lambda: os.pipe()),
+    fails(lambda: bytearray(3 << 30)),
+]
+print(done, sorted(os.environ.keys() & {"SECRET", "HOME"}))
+"""
+    start = examiner.START.replace("from crdtstate.trial import main\nmain()\n", code)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", start, str(Path(trial.__file__).parent), json.dumps(sys.path)],
+        env={},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "[True, True, True, True] []\n", done.stderr
+
+
+def test_frames_come_out_as_they_went_in_however_they_were_cut() -> None:
+    whole = trial.frame(1, "a") + trial.frame(2, b"x" * 1000) + trial.frame(3)
+    frames = trial.Frames(2000)
+
+    found = [each for at in range(0, len(whole), 7) for each in frames.feed(whole[at : at + 7])]
+
+    assert found == [[1, "a"], [2, b"x" * 1000], [3]]
+    with pytest.raises(ValueError, match="a frame of"):
+        list(frames.feed(b"\xff\xff\xff\xff"))
 
 
 # Replicas

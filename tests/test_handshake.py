@@ -292,6 +292,18 @@ def test_a_recording_is_worthless(both):
         dials.prove(recorded[2])
 
 
+def test_a_dialler_that_uses_its_nonces_again_harms_itself_alone(both):
+    """A23 has it that an ephemeral key is zero. Here are none; a nonce is, and the listener's own
+    makes each handshake another."""
+    first, second = (dialler(both[0], nonce=0) for _ in range(2))
+    one, two = listener(both[1], nonce=1), listener(both[1], nonce=2)
+    third = first.prove(one.answer(first.greet()))
+    second.prove(two.answer(second.greet()))
+
+    with pytest.raises(NotAdmitted, match=FAILED):
+        two.admit(third)
+
+
 def test_what_the_listener_proved_is_no_proof_of_the_dialler(both):
     """A17: its second message reflected, as it is and as a third one."""
     dials, listens = dialler(both[0]), listener(both[1])

@@ -40,6 +40,7 @@ FLOORS = [
     },
     {
         "manifest",
+        "attestation",
         "retention",
         "past",
         "history",

@@ -352,7 +352,9 @@ def test_what_is_no_delta_is_refused(fields: object) -> None:
 
 def test_a_plain_snapshot_reads_like_a_packed_one() -> None:
     version, state = Version({3: 4}), b"state" * 1000
-    snapshot = Snapshot("main", False, version, {3: 4}, 9, {3: "agent"}, state, {3: bytes(16)}, {3: b"somebody"})
+    snapshot = Snapshot(
+        "main", False, version, {3: 4}, 9, {3: "agent"}, state, {3: bytes(16)}, {3: b"somebody"}
+    )
 
     assert Snapshot.decode(snapshot.encode_plain()) == snapshot
     assert Snapshot.decode(snapshot.encode()) == snapshot

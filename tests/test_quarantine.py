@@ -6,9 +6,10 @@ import asyncio
 import dataclasses
 import itertools
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,12 @@ from crdtstate import (
     ValidatorMissing,
 )
 from crdtstate import validators as validators_module
+from crdtstate.documents import DocumentSet
 from crdtstate.hiding import Ceiling
 from crdtstate.relay import server as relay_server
 from crdtstate.relay import settings as relay_settings
+from crdtstate.simulation import Simulation
+from crdtstate.stores.file import verify
 
 FAST = Config(heartbeat=0.1, link_timeout=5.0, want_delay=0.02, want_retry=0.1, tidy_delay=0.1)
 
@@ -52,7 +56,7 @@ def here() -> str:
     return f"memory://quarantine-{os.getpid()}-{next(_numbers)}"
 
 
-def lawless(replica: Replica, name: str = "main") -> None:
+def lawless(replica: DocumentSet, name: str = "main") -> None:
     """Let this replica write what it likes: its process does not ask what the rules say."""
     document = replica.document(name)
     document.admit_open = lambda origin: None  # type: ignore[method-assign]
@@ -226,6 +230,9 @@ async def test_a_replica_opens_with_what_it_had_hidden_and_not_without_the_valid
     ):
         async with Replica("ann", store=store, config=FAST):
             pass
+    with unregistered("test: whole tasks"):
+        # Who only looks at the file does not need it.
+        assert not verify(store).problems
 
     async with Replica("ann", store=store, config=FAST) as ann:
         assert ann.quarantined() == before and dict(ann.map("tasks")) == tasks == {"1": {}}
@@ -410,3 +417,78 @@ def test_a_relay_imports_what_registers_the_validators(
         relay_server.import_modules(["no_such_module"])
     with pytest.raises(UsageError, match="--module must be the name of a Python module"):
         relay_settings.load({"modules": ["a/b.py"]}, {})
+
+
+# A fleet in virtual time
+
+
+def run_fleet(seed: int, steps: int = 60) -> tuple[Simulation, int]:
+    """A fleet in which one writes what the rules refuse, with crashes, cuts and snapshots; returns
+    it, settled, and how many changes are hidden."""
+    config = Config(snapshot_after_bytes=2_000, log_bytes=4_000, tidy_delay=2.0)
+    fleet = Simulation(seed, 4, loss=0.02, skew=5.0, config=config)
+    rng = random.Random(seed)
+    eve = fleet.names[-1]
+    fleet["agent-0"].document("main").use_validator("test: whole tasks")
+    fleet["agent-1"].document("main").limit(keys=12)
+    fleet.run(1.0)
+    for step in range(steps):
+        name = rng.choice(fleet.names)
+        replica = fleet.up(name)
+        roll = rng.random()
+        if replica is None:
+            replica = fleet.restart(name)
+        elif roll < 0.06 and name != "agent-0":
+            fleet.crash(name, power=rng.random() < 0.3)
+            continue
+        elif roll < 0.1:
+            half = rng.sample(fleet.names, 2)
+            fleet.partition(half, [each for each in fleet.names if each not in half])
+        elif roll < 0.2:
+            fleet.heal()
+        elif roll < 0.3 and (items := replica.quarantined()):
+            replica.release(rng.choice(items))
+        if name == eve:
+            lawless(replica)
+        is_bad = name == eve and rng.random() < 0.6
+        with suppress(ChangeRefused):
+            key = rng.choice("abcdefgh")
+            if rng.random() < 0.2:
+                replica.map("tasks").pop(key, None)
+            else:
+                replica.map("tasks")[key] = {} if is_bad else {"title": str(step)}
+            replica.counter("n").increment(rng.choice((1, 10)))
+        fleet.run(rng.choice((0.05, 0.3, 1.0, 4.0)))
+    fleet.heal()
+    for name in fleet.names:
+        if fleet.up(name) is None:
+            fleet.restart(name)
+    fleet.settle(120.0)
+    fleet.assert_converged()
+    return fleet, len(fleet["agent-0"].quarantined())
+
+
+def everything(replica: Any) -> tuple[Any, ...]:
+    """All that can be read, and all that is hidden."""
+    document = replica.document("main")
+    return (
+        dict(sorted(replica.map("tasks").items())),
+        replica.counter("n").value,
+        replica.quarantined(),
+        document.validators(),
+        document.quota,
+        document.rules.flat(),
+    )
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_a_fleet_reads_the_same_whatever_happens_to_it(block: int) -> None:
+    hidden = 0
+    for seed in range(block * 8, block * 8 + 8):
+        fleet, count = run_fleet(seed)
+        first = everything(fleet["agent-0"])
+        for replica in fleet.replicas:
+            assert everything(replica) == first, (seed, replica.agent)
+        hidden += count
+        fleet.end()
+    assert hidden > 8, "nothing was hidden; the test shows nothing"

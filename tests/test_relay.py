@@ -503,8 +503,16 @@ def test_a_relay_of_members_has_a_token_of_its_own(tmp_path):
     ):
         with start(*command) as process:
             assert process.wait(timeout=20) == 0, process.communicate()
-    store = tmp_path / "relay.db"
+    store, operator = tmp_path / "relay.db", tmp_path / "ops.join"
+    with start("invite", "ops", "--root", str(root), "--out", str(operator)) as process:
+        assert process.wait(timeout=20) == 0, process.communicate()
     told = tmp_path / "relay.db.token"
+
+    def say(*command: str) -> tuple[int, str]:
+        with start(*command, "--peer", address, "--mesh", str(operator)) as process:
+            out, err = process.communicate(timeout=20)
+            return process.returncode, out + err
+
     with running("--store", str(store), "--mesh", str(join)) as (_, address):
         token = told.read_text().strip()
         assert told.stat().st_mode & 0o777 == 0o600 and len(token) >= 43
@@ -512,6 +520,37 @@ def test_a_relay_of_members_has_a_token_of_its_own(tmp_path):
         opens = request(address, "/status", Authorization=f"Bearer {token}")
         with urllib.request.urlopen(opens, timeout=10) as answer:
             assert json.load(answer)["agent"] == "relay"
+
+        # A command is the member that its token names, whatever it calls itself.
+        assert say("set", "main/map/plan/goal", "ship it")[0] == 0
+        assert say("get", "main/map/plan/goal") == (0, "ship it\n")
+        assert "agent      relay (relay)" in say("status")[1]
+        code, text = say("peers")
+        assert code == 1 and "--token-file" in text
+        assert say("peers", "--token-file", str(told)) == (
+            0,
+            "AGENT  ROLE  LAG  QUEUED BYTES  ADDRESS\n",
+        )
+        code, text = say("page", "--token-file", str(told))
+        assert (code, text) == (0, f"{address.replace('ws:', 'http:')}/#token={token}\n")
+        assert say("page")[0] == 1
+
+    with start("get", "main/map/plan/goal", "--peer", "ws://10.0.0.5:1") as process:
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (1, "") and "`crdtstate mesh create`" in err
+
+
+@asynchronous
+async def test_who_was_refused_is_counted_by_why():
+    async with site(listen=LOCAL) as relay:
+        async with websockets.connect(f"{relay.replica.address}/mesh", proxy=None) as stranger:
+            await stranger.send(b"let me in")
+            with pytest.raises(websockets.ConnectionClosed):
+                await stranger.recv()
+        found = metrics_of(relay)
+
+    assert found["crdtstate_refused_total{reason=not-admitted}"] == 1
+    assert found["crdtstate_throttled_seconds_total"] == 0
 
 
 def test_the_token_is_in_no_log_however_much_is_logged(tmp_path):

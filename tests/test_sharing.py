@@ -17,6 +17,7 @@ from test_controller import fleet, reason, until, value
 
 from crdtstate import (
     CommandError,
+    Config,
     CorruptStore,
     Fulfilled,
     KeyChanged,
@@ -32,6 +33,7 @@ from crdtstate import (
 from crdtstate.commands import SHARE, SHARE_BYTES_MAX, Command
 from crdtstate.dispatch import Dispatch
 from crdtstate.keys import Keyring, from_text, show, to_text, verify
+from tests.fleet_mesh import Mesh
 
 # Keys
 
@@ -427,3 +429,56 @@ async def test_results_stay_as_long_as_somebody_waits_for_them(
         found["queen"].map("plan")["goal"] = "x"
         for _ in range(10):
             assert (await found["queen"].share("plan", to="agent-1", timeout=2)).is_complete
+
+
+# In a mesh with certificates
+
+
+async def knows(replica: Replica, agent: str) -> None:
+    await until(replica, lambda: agent in {member.agent for member in replica.members()})
+
+
+@asynchronous
+async def test_a_certificate_says_whose_a_key_is(tmp_path: Path) -> None:
+    mesh = Mesh()
+    here, quick = "memory://shared", Config(heartbeat=0.2)
+    bobs, store = mesh.credentials("bob"), tmp_path / "bob.db"
+    async with Replica("bob", mesh=bobs, listen=here, store=store, config=quick) as bob:
+        changed: list[KeyChanged] = []
+        bob.on(KeyChanged, changed.append)
+        keys_of_ann = []
+        for number in range(2):
+            # The second time she was invited anew.
+            anns = mesh.credentials("ann")
+            async with Replica("ann", mesh=anns, peers=[here], config=quick) as ann:
+                ann.register("plan").value = number
+                await knows(ann, "bob")
+                results = await ann.share("plan", to=["bob"], timeout=10)
+                assert isinstance(results["bob"], Fulfilled), results
+                assert ann._keyring.public == anns.public
+            keys_of_ann.append(anns.public)
+        assert bob._keyring.pinned("ann") == keys_of_ann[1]
+        assert [each.value for each in bob.shared("plan")] == [1]
+    told = (show(keys_of_ann[0] or b""), show(keys_of_ann[1] or b""))
+    assert [(each.known, each.offered, each.is_taken) for each in changed] == [(*told, True)]
+    assert json.loads((tmp_path / "bob.db.keys").read_text())["ed25519"] is None
+
+
+@asynchronous
+async def test_nobody_shares_in_the_name_of_another_member() -> None:
+    mesh, here = Mesh(), "memory://not hers"
+    async with (
+        Replica("bob", mesh=mesh.credentials("bob"), listen=here) as bob,
+        Replica("ann", mesh=mesh.credentials("ann"), peers=[here]) as ann,
+        Replica("eve", mesh=mesh.credentials("eve"), peers=[here]) as eve,
+    ):
+        ann.register("plan").value = "hers"
+        await eve.wait_for(ann.version(), timeout=10)
+        # She says that this is ann's key, and signs with it.
+        key = {"key": eve._keyring.public, "lasts": True}
+        eve._docket.board.publish_key("ann", key)
+        await knows(eve, "bob")
+        eve.agent = "ann"
+        results = await eve.share("plan", to=["bob"], timeout=10)
+        assert reason(results, "bob") == "its signature is wrong"
+        assert bob.shared() == [] and bob._keyring.pinned("ann") is None

@@ -387,6 +387,51 @@ async def test_only_who_controls_is_obeyed() -> None:
         assert isinstance(results["ann"], Fulfilled) and obeyed == ["queen"]
 
 
+@asynchronous
+async def test_what_is_known_of_a_liar_outlives_restarts_and_checkpoints(tmp_path: Path) -> None:
+    mesh = Mesh()
+    credentials = mesh.credentials("ann")
+    store = tmp_path / "ann.db"
+    async with AsyncExitStack() as stack:
+        relay = await stack.enter_async_context(
+            Replica("relay", listen=LOCAL, config=CONFIG, mesh=mesh.credentials("relay"))
+        )
+        ann = await stack.enter_async_context(
+            Replica(
+                "ann",
+                store=store,
+                listen=LOCAL,
+                peers=[str(relay.address)],
+                config=CONFIG,
+                mesh=credentials,
+            )
+        )
+        heard = Heard(ann, Equivocation)
+        one, two = await stack.enter_async_context(liars(mesh, ann, relay))
+        ann.map("plan")["ours"] = 1
+        one.map("plan")["lie"] = 1
+        two.map("plan")["lie"] = 2
+        await heard.any()
+        ann.map("plan")["after"] = 2
+        await even(ann, relay)
+        checkpoint = await ann.checkpoint()
+        await ann.durable()
+    liar = one.writer
+    for from_checkpoint in (False, True):
+        if from_checkpoint:
+            store.write_bytes(b"ruined")
+        async with Replica("ann", store=store, config=CONFIG, mesh=credentials) as ann:
+            assert ann.recovery is not None
+            assert ann.recovery.source == ("checkpoint" if from_checkpoint else "store")
+            assert dict(ann.map("plan")) == {"ours": 1, "after": 2}
+            assert ann.document("main").is_closed(liar)
+            ann.map("plan")["more"] = 3
+            past = await ann.at(checkpoint.id)
+            assert dict(past.map("plan")) == {"ours": 1, "after": 2}
+            ann.map("plan").pop("more")
+            await ann.durable()
+
+
 def test_signing_needs_something_to_sign_with() -> None:
     with pytest.raises(UsageError, match="join token"):
         Replica("ann", config=Config(signing="signed"))

@@ -151,6 +151,10 @@ async def test_a_change_that_kills_whoever_applies_it_is_quarantined_at_the_thir
         assert verify(store).problems == []
         (told,) = verify(store).quarantined
         assert told.endswith(f"change {writer.writer:x}:2 ended the process 2 times")
+        command = (sys.executable, "-m", "crdtstate", "verify", str(store))
+        shown = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+        out, _ = await shown.communicate()
+        assert shown.returncode == 0 and f"quarantined: {told}" in " ".join(out.decode().split())
 
         # Once it is released, all is well with a pycrdt that survives it.
         suspects = Suspects(store)

@@ -607,7 +607,9 @@ def forged(change: Change, seq: int) -> Change:
     deps = dict(change.deps)
     dot = Dot(change.writer, seq)
     prev = change.id if seq > 1 else b""
-    return encode_change("main", dot, deps, change.stamp, 0, False, update, change.origin, prev=prev)
+    return encode_change(
+        "main", dot, deps, change.stamp, 0, False, update, change.origin, prev=prev
+    )
 
 
 def test_a_change_that_breaks_the_rules_is_refused_and_nothing_of_it_applied() -> None:

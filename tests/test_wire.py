@@ -77,7 +77,11 @@ GOLDEN: list[tuple[Frame, str]] = [
         Ask(9, 2, ("ann", "bob"), "plan", Version({5: 2}), True, False),
         "98 22 09 02 92 a3616e6e a3626f62 a4706c616e 92 05 02 c3 c2",
     ),
-    (Answer(9, "ann", Version({5: 2}), 3), "95 23 09 a3616e6e 92 05 02 03"),
+    (Answer(9, "ann", Version({5: 2}), 3), "97 23 09 a3616e6e 92 05 02 03 c400 c400"),
+    (
+        Answer(9, "ann", Version(), 3, b"card", b"proof"),
+        "97 23 09 a3616e6e 90 03 c40463617264 c40570726f6f66",
+    ),
     (Borrow(), "91 24"),
     (Lend(5, {"plan": 2}), "94 25 05 91 a4706c616e 91 02"),
     (Return(5, {"plan": 2}), "94 26 05 91 a4706c616e 91 02"),

@@ -344,9 +344,7 @@ def _opened(agent: str, store: Path, tier: str | None, mesh: Path | None) -> Rep
     return Replica(agent, store=store, checkpoints=tiers, retention=ALL, mesh=mesh)
 
 
-def _describe_checkpoint(
-    agent: str, checkpoint: Checkpoint, mesh: Path | None
-) -> dict[str, Any]:
+def _describe_checkpoint(agent: str, checkpoint: Checkpoint, mesh: Path | None) -> dict[str, Any]:
     proven = {} if mesh is None else {"proven": checkpoint.is_proven}
     return {
         "agent": agent,

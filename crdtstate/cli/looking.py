@@ -12,6 +12,7 @@ import typer
 
 from crdtstate.audit import KINDS as AUDITED
 from crdtstate.audit import Query, Record
+from crdtstate.authors import authors_of
 from crdtstate.cli.options import AsJson, Mesh, Peer, Store, Timeout, TokenFile, WholePlace
 from crdtstate.cli.places import Place, parse_place
 from crdtstate.cli.printing import (
@@ -26,6 +27,7 @@ from crdtstate.cli.printing import (
 from crdtstate.cli.reaching import check_url, dialled, fetch, find_token, run
 from crdtstate.cli.values import readable
 from crdtstate.conflict import Conflict, Explanation, same
+from crdtstate.credentials import open_credentials
 from crdtstate.errors import CRDTStateError, TransportError, UsageError
 from crdtstate.relay.tokens import page_of
 from crdtstate.stores.file import read_audit, reading
@@ -255,29 +257,37 @@ def _describe_record(record: Record) -> dict[str, Any]:
 
 def verify(
     store: Store,
+    mesh: Mesh = None,
     as_json: AsJson = False,
 ) -> None:
     """Check every page, change, snapshot and audit record of a store.
 
-    Its owner may be running.
+    Its owner may be running. That each change follows the one before it is
+    checked always; with --mesh also whether it is its writer's, by its
+    signature or keyed hash.
 
-    Example: [cyan]crdtstate verify agent-7.db[/cyan]
+    Example: [cyan]crdtstate verify agent-7.db --mesh agent-7.join[/cyan]
     """
-    found = verify_store(store)
+    authors = None if mesh is None else authors_of(open_credentials(mesh, store), None)
+    found = verify_store(store, authors)
     if as_json:
         names = ("documents", "snapshots", "changes", "bytes", "records")
         counts = {name: getattr(found, name) for name in names}
         lists = {"problems": found.problems, "quarantined": found.quarantined}
-        print_json({"store": str(store), **counts, **lists})
+        proven = {} if mesh is None else {"proven": found.proven}
+        print_json({"store": str(store), **counts, **proven, **lists})
     else:
         for problem in found.problems:
             print(printable(problem))
         for quarantined in found.quarantined:
             print(printable(f"quarantined: {quarantined}"))
     if found.problems:
-        raise CRDTStateError(f"{store} is damaged: {count(len(found.problems), 'problem')}")
+        what = "is damaged" if mesh is None else "is damaged, or not of this mesh"
+        raise CRDTStateError(f"{store} {what}: {count(len(found.problems), 'problem')}")
     if not as_json:
         sizes = [(found.documents, "document"), (found.snapshots, "snapshot")]
         sizes += [(found.changes, "change"), (found.bytes, "byte"), (found.records, "record")]
         what = ", ".join(count(number, noun) for number, noun in sizes)
+        if mesh is not None:
+            what += f"; {count(found.proven, 'change')} proven"
         print(f"{printable(str(store))}: sound ({what})")

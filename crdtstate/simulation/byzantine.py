@@ -208,7 +208,7 @@ class World:
     def __init__(self, seed: int, honest: int = 4) -> None:
         self.rng = random.Random(f"byzantine {seed}")
         self.now = 0.0
-        root = self.rng.randbytes(32)
+        root = self.root_seed = self.rng.randbytes(32)
         self.root = public_of(root)
         self.reidentified: Counter[str] = Counter()
         # What mallory has tried, and how often.
