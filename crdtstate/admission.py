@@ -52,7 +52,7 @@ log = logging.getLogger("crdtstate")
 
 TOLD_BURST = 10
 TOLD_PER_SECOND = 0.1
-"""How many refusals of strangers become events and lines of the log."""
+"""How many refusals become events and lines of the log; those of strangers count apart."""
 
 HOUR = 3600.0
 
@@ -98,7 +98,8 @@ class Door:
         self._bans = Bans(limits)
         # Strangers that came in: by address, of those that are not spared.
         self._half_open: Counter[str] = Counter()
-        self._told: Bucket | None = None
+        # What is told of strangers, and apart from that of those who have a name.
+        self._told: dict[bool, Bucket] = {}
         self._reload_at = float("-inf")
         # Key -> writers that came with it, and when each came last.
         self._writers: dict[bytes, dict[int, float]] = {}
@@ -114,7 +115,7 @@ class Door:
             StoreError: The host's secret cannot be had. Says what to do.
         """
         if self._given.kind != "none":
-            self._renew()
+            self.renew()
             return self._given
         if self._host is None:
             self._host = open_host_credentials()
@@ -125,16 +126,21 @@ class Door:
         if self._given.kind == "none" and not is_private(url):
             raise UsageError(f"{url}: beyond this machine a mesh is needed; {HINT}")
 
-    def _renew(self) -> None:
+    def renew(self) -> bool:
+        """Look whether the file with the credentials was altered, not more often than now and then;
+        whether anything is different now."""
         now = time.monotonic()
         if now < self._reload_at:
-            return
+            return False
         self._reload_at = now + RELOAD_EVERY
         try:
-            if self._given.reload():
-                log.info("%s: read again", self._given.path)
+            is_new = self._given.reload()
         except (UsageError, StoreError) as exc:
             log.error("the credentials were altered and are not taken: %s", exc)
+            return False
+        if is_new:
+            log.info("%s: read again", self._given.path)
+        return is_new
 
     # Before it is known who comes
 
@@ -293,9 +299,9 @@ class Door:
         lately."""
         self.refused[code.name.lower().replace("_", "-")] += 1
         now = _now()
-        self._told = self._told or Bucket(TOLD_PER_SECOND, TOLD_BURST, now)
-        if self._told.has(1, now):
-            self._told.take(1, now)
+        told = self._told.setdefault(agent is None, Bucket(TOLD_PER_SECOND, TOLD_BURST, now))
+        if told.has(1, now):
+            told.take(1, now)
             who = agent or connection.remote
             log.warning("refused %s: %s", _printable(who), _printable(reason))
             self._emit(PeerRejected(who, reason))

@@ -297,7 +297,7 @@ def _decode_body(data: bytes, body: bytes) -> tuple[Any, ...]:
     if type(fields) is not tuple or len(fields) != 14 or fields[0] != FORMAT:
         raise InvalidUpdate("a change of an unknown format")
     _, document, writer, seq, _, stamp, kind, shared, hashed, *origin, prev, card = fields
-    if type(document) is not str or not 0 < len(document) <= NAME_CHARS_MAX:
+    if not _is_name(document):
         raise InvalidUpdate("a change's document has no valid name")
     _check(writer, 1, WRITER_MAX, "writer")
     _check(seq, 1, SEQ_MAX, "seq")
@@ -308,11 +308,18 @@ def _decode_body(data: bytes, body: bytes) -> tuple[Any, ...]:
     for text in origin:
         if type(text) is not str or len(text) > 1000:
             raise InvalidUpdate("a change's origin is malformed")
+    if not origin[0].isprintable():
+        # It is shown on terminals, and written to logs.
+        raise InvalidUpdate("a change's agent has a name that cannot be printed")
     if type(prev) is not bytes or len(prev) != (0 if seq == 1 else ID_BYTES):
         raise InvalidUpdate("a change does not say what it follows")
     if type(card) is not bytes or len(card) > CARD_BYTES_MAX:
         raise InvalidUpdate("a change's writer is malformed")
     return fields
+
+
+def _is_name(name: object) -> bool:
+    return type(name) is str and 0 < len(name) <= NAME_CHARS_MAX and name.isprintable()
 
 
 def decode_dots(flat: object) -> tuple[Dot, ...]:
@@ -413,7 +420,7 @@ class Snapshot(NamedTuple):
         _, document, shared, version, heads, stamp, agents, state, ids, certificates, flat = fields[
             :11
         ]
-        if type(document) is not str or not 0 < len(document) <= NAME_CHARS_MAX:
+        if not _is_name(document):
             raise InvalidUpdate("a snapshot's document has no valid name")
         if type(shared) is not bool or type(state) is not bytes or type(agents) is not tuple:
             raise InvalidUpdate("a snapshot is malformed")

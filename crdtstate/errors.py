@@ -233,13 +233,14 @@ class NotAllowed(UsageError):
         document: The document.
     """
 
-    def __init__(self, agent: str, role: str, document: str) -> None:
+    def __init__(self, agent: str, role: str, document: str, *, is_expired: bool = False) -> None:
         names = {"r": "read", "w": "write", "s": "hand out snapshots of", "f": "forward"}
         what = "control the mesh" if role == "c" else f"{names[role]} {document!r}"
         how = "--controller" if role == "c" else f"'{document}:{role}' among its --roles"
+        why = "its certificate has expired" if is_expired else "its certificate does not grant it"
+        more = "" if is_expired else f" with {how}"
         super().__init__(
-            f"{agent!r} may not {what}: its certificate does not grant it. Whoever keeps the root "
-            f"key can renew it with {how}"
+            f"{agent!r} may not {what}: {why}. Whoever keeps the root key can renew it{more}"
         )
         self.agent, self.role, self.document = agent, role, document
 

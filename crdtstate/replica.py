@@ -30,7 +30,7 @@ from crdtstate.attestation import Attestation
 from crdtstate.audit import Audit
 from crdtstate.authors import authors_of
 from crdtstate.borrowing import Loan, borrow, lease_limit
-from crdtstate.certificates import Certificate
+from crdtstate.certificates import Certificate, is_valid_at
 from crdtstate.change import Change, decode_change
 from crdtstate.checkpoints import Checkpoint, Checkpoints, default_tier
 from crdtstate.clock import Version
@@ -557,13 +557,21 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
     def _on_write(self, document: Document) -> None:
         if self._is_between_loans:
             raise ReplicaClosed(f"{self.agent}: its leased writer is not to be written under now")
-        if not self._authors.may_write(document.name, self._wall()):
-            raise NotAllowed(self.agent, "w", document.name)
+        if not self._may_write(document.name):
+            own = self._credentials.certificate
+            is_expired = own is not None and not is_valid_at(own, self._wall())
+            raise NotAllowed(self.agent, "w", document.name, is_expired=is_expired)
         if self._state == "checking":
             raise UsageError(
                 f"{self.agent}: a check reads; it cannot write, as nothing is open yet"
             )
         super()._on_write(document)
+
+    def _may_write(self, document: str) -> bool:
+        if self._authors.may_write(document, self._wall()):
+            return True
+        # The certificate may have been renewed since.
+        return self._door.renew() and self._authors.may_write(document, self._wall())
 
     def _make(self, name: str, shared: bool) -> Document:
         document = super()._make(name, shared)

@@ -766,7 +766,8 @@ def _read_fields(source: msgpack.Unpacker, kind: int) -> Frame:
             path, has_one, entry = _path(read()), _flag(read()), _number(read(), 0, UINT64_MAX)
             return Diverged(*place, path, entry if has_one else None, _read_heads(source))
         case 2:
-            return Bye(_number(read(), 0, 0xFFFF), _sized(read(), str, 0, 500))
+            code, reason = _number(read(), 0, 0xFFFF), _sized(read(), str, 0, 500)
+            return Bye(code, reason if reason.isprintable() else repr(reason)[1:-1])
         case _:
             return Hello(
                 proto_min=_number(read(), 1, 0xFFFF),
@@ -921,7 +922,11 @@ def _sized(value: Any, cls: type[_Sized], low: int, high: int) -> _Sized:
 
 
 def _agent(value: Any) -> str:
-    return _sized(value, str, 1, 100)
+    name = _sized(value, str, 1, 100)
+    if not name.isprintable():
+        # It is shown on terminals, and written to logs.
+        raise ProtocolError("an agent's name cannot be printed")
+    return name
 
 
 def _read_seqs(source: msgpack.Unpacker) -> dict[str, int]:
@@ -937,7 +942,10 @@ def _address(value: Any) -> str | None:
 
 
 def _name(value: Any) -> str:
-    return _sized(value, str, 1, NAME_CHARS_MAX)
+    name = _sized(value, str, 1, NAME_CHARS_MAX)
+    if not name.isprintable():
+        raise ProtocolError("a document's name cannot be printed")
+    return name
 
 
 def _digest(value: Any) -> bytes:

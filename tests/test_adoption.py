@@ -429,6 +429,44 @@ async def test_a_copy_on_a_machine_that_is_a_copy_too_is_noticed_by_a_third(
         assert not comparison.diverged
 
 
+@asynchronous
+async def test_a_store_put_back_in_place_and_written_to_is_noticed_by_a_peer(
+    tmp_path: Path,
+) -> None:
+    """As many changes as were lost: only their ids tell that they are others."""
+    store, lock = tmp_path / "ann.db", tmp_path / "ann.db.lock"
+    config = Config(discover=False, heartbeat=0.2, link_timeout=2.0)
+    async with Replica("relay", listen=LOCAL, role="relay", config=config) as relay:
+        async with Replica("ann", store=store, config=config) as ann:
+            ann.map("plan")["start"] = 0
+            await ann.durable(timeout=10)
+        before = [store.read_bytes(), lock.read_bytes()]
+        async with Replica("ann", store=store, peers=[url(relay)], config=config) as ann:
+            ann.map("plan")["lost"] = 1
+            await relay.wait_for(ann.version(), timeout=10)
+        for path, data in zip((store, lock), before, strict=True):
+            with path.open("r+b") as file:
+                # The same file, as far as it can tell.
+                file.write(data)
+                file.truncate()
+        for suffix in ("-wal", "-shm"):
+            store.with_name(store.name + suffix).unlink(missing_ok=True)
+        async with Replica("ann", store=store, config=config) as ann:
+            writer = ann.writer
+            noticed = listening(ann, IdentityRollback)
+            ann.map("plan")["other"] = 2
+            assert ann.version() == relay.version()
+            ann.connect(url(relay))
+            await noticed
+            assert ann.writer != writer
+            for _ in range(2):
+                await ann.synced(timeout=10)
+                await relay.wait_for(ann.version(), timeout=10)
+                await ann.wait_for(relay.version(), timeout=10)
+            for each in (ann, relay):
+                assert dict(each.map("plan")) == {"start": 0, "lost": 1, "other": 2}
+
+
 # The document
 
 

@@ -473,12 +473,17 @@ async def test_nobody_shares_in_the_name_of_another_member() -> None:
         Replica("eve", mesh=mesh.credentials("eve"), peers=[here]) as eve,
     ):
         ann.register("plan").value = "hers"
-        await eve.wait_for(ann.version(), timeout=10)
+        await bob.wait_for(ann.version(), timeout=10)
         # She says that this is ann's key, and signs with it.
         key = {"key": eve._keyring.public, "lasts": True}
         eve._docket.board.publish_key("ann", key)
-        await knows(eve, "bob")
-        eve.agent = "ann"
-        results = await eve.share("plan", to=["bob"], timeout=10)
-        assert reason(results, "bob") == "its signature is wrong"
-        assert bob.shared() == [] and bob._keyring.pinned("ann") is None
+        await bob.wait_for(eve.version(), timeout=10)
+        assert bob._docket.board.keys_of("ann") == []
+        command = replace(Dispatch(eve).make(SHARE, {}, ["bob"], 60.0), by="ann")
+        sharing._seal(command, "main", "plan", str(eve.version()), b"\xa4lies", eve._keyring)
+        with pytest.raises(CommandError, match="its signature is wrong"):
+            sharing._check_signature(bob, command)
+        assert bob._keyring.pinned("ann") is None
+        sharing._seal(command, "main", "plan", str(eve.version()), b"\xa4lies", ann._keyring)
+        sharing._check_signature(bob, command)
+        assert bob._keyring.pinned("ann") == ann._credentials.public

@@ -6,18 +6,21 @@ import asyncio
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from crdtstate import Config, Controller, Replica
+from crdtstate.certificates import Grant
 from crdtstate.change import SIGNED, Change, Origin, decode_change, encode_change
 from crdtstate.clock import Dot
-from crdtstate.errors import InvalidUpdate, NotAllowed, Unproven, UsageError
+from crdtstate.errors import InvalidUpdate, NotAllowed, Unproven, UsageError, WaitTimeout
 from crdtstate.events import Equivocation, Event, KeyRevoked, PeerDisconnected, PeerRejected
+from crdtstate.keys import write_private
 from crdtstate.outcomes import Fulfilled
-from tests.fleet_mesh import Mesh
+from tests.fleet_mesh import HOUR_MS, Mesh
 from tests.harness import asynchronous
 
 CONFIG = Config(heartbeat=0.2, link_timeout=2.0, discover=False)
@@ -430,6 +433,101 @@ async def test_what_is_known_of_a_liar_outlives_restarts_and_checkpoints(tmp_pat
             assert dict(past.map("plan")) == {"ours": 1, "after": 2}
             ann.map("plan").pop("more")
             await ann.durable()
+
+
+@asynchronous
+async def test_a_certificate_is_renewed_while_its_member_works(tmp_path: Path) -> None:
+    mesh = Mesh()
+    file = tmp_path / "ann.token"
+    token = mesh.invite("ann", hours=1)
+    write_private(file, token.encode().encode())
+    async with (
+        Replica("relay", listen=LOCAL, config=CONFIG, mesh=mesh.credentials("relay")) as relay,
+        Replica("ann", peers=[str(relay.address)], config=CONFIG, mesh=file) as ann,
+    ):
+        ann.map("plan")["a"] = 1
+        await even(ann, relay)
+        wall, writer = ann._wall, ann.writer
+        ann._wall = lambda: wall() + 2 * HOUR_MS
+        with pytest.raises(NotAllowed, match="expired"):
+            ann.map("plan")["b"] = 2
+        renewed = mesh.root.invite(
+            "ann",
+            [Grant("*", frozenset("rws"))],
+            wall(),
+            wall() + 9 * HOUR_MS,
+            token.certificate.key,
+        )
+        write_private(file, replace(renewed, seed=token.seed).encode().encode())
+        ann._door._reload_at = 0.0
+        ann.map("plan")["b"] = 2
+        await even(ann, relay)
+        assert dict(relay.map("plan")) == {"a": 1, "b": 2}
+        assert ann.writer == writer
+        assert relay.document("main").cards[writer].endswith(renewed.certificate.data)
+
+
+@asynchronous
+async def test_a_secret_is_replaced_while_members_work() -> None:
+    mesh = Mesh()
+    old = mesh.credentials("relay"), mesh.credentials("ann")
+    mesh.root.rotate()
+    new = mesh.credentials("bob")
+    async with (
+        Replica("relay", listen=LOCAL, config=CONFIG, mesh=old[0]) as relay,
+        Replica("ann", peers=[str(relay.address)], config=CONFIG, mesh=old[1]) as ann,
+        Replica("bob", peers=[str(relay.address)], config=CONFIG, mesh=new) as bob,
+    ):
+        ann.map("plan")["a"] = 1
+        bob.map("plan")["b"] = 1
+        await even(relay, ann, bob)
+        assert dict(relay.map("plan")) == {"a": 1, "b": 1}
+        mesh.root.retire()
+        late = Replica(
+            "eve", peers=[str(relay.address)], config=CONFIG, mesh=mesh.credentials("eve")
+        )
+        async with late:
+            # Who knows the new secret alone waits until the relay has it too.
+            with pytest.raises(WaitTimeout):
+                await late.synced(timeout=1)
+
+
+@asynchronous
+async def test_a_relay_that_only_forwards_does_just_that(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mesh = Mesh()
+    async with (
+        Replica(
+            "relay",
+            listen=LOCAL,
+            role="relay",
+            store=tmp_path / "relay.db",
+            config=CONFIG,
+            mesh=mesh.credentials("relay", "*:f"),
+        ) as relay,
+        AsyncExitStack() as stack,
+    ):
+        ann, bob = [
+            await stack.enter_async_context(
+                Replica(
+                    name,
+                    peers=[str(relay.address)],
+                    store=tmp_path / f"{name}.db",
+                    config=CONFIG,
+                    mesh=mesh.credentials(name),
+                )
+            )
+            for name in ("ann", "bob")
+        ]
+        ann.map("plan")["a"] = 1
+        bob.counter("tokens").increment(2)
+        await even(relay, ann, bob)
+        assert bob.map("plan")["a"] == 1 and ann.counter("tokens").value == 2
+        with pytest.raises(NotAllowed):
+            relay.map("plan")["mine"] = 1
+        await relay.checkpoint()
+    assert not [each for each in caplog.records if each.levelname == "ERROR"], caplog.text
 
 
 def test_signing_needs_something_to_sign_with() -> None:

@@ -129,7 +129,8 @@ patient = functools.partial(settings, deadline=None, suppress_health_check=[Heal
 
 writers = st.integers(1, WRITER_MAX)
 seqs = st.integers(1, SEQ_MAX)
-names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=200)
+printable = st.characters(codec="utf-8", exclude_categories=["C", "Z"])
+names = st.text(printable, min_size=1, max_size=200)
 digests = st.binary(min_size=32, max_size=32)
 sizes = st.integers(0, 2**30)
 uint64s = st.integers(0, 2**64 - 1)
@@ -153,7 +154,7 @@ frames: st.SearchStrategy[Frame] = st.one_of(
         is_durable=st.booleans(),
         documents=st.none() | st.lists(names, max_size=5).map(tuple),
     ),
-    st.builds(Bye, st.integers(0, 2**16 - 1), st.text(st.characters(codec="utf-8"), max_size=500)),
+    st.builds(Bye, st.integers(0, 2**16 - 1), st.text(printable, max_size=500)),
     st.builds(
         Heartbeat,
         uint64s,
@@ -727,3 +728,14 @@ def memory_below(limit: int) -> Iterator[None]:
     finally:
         tracemalloc.stop()
     assert peak < limit, f"{peak / 2**20:.0f} MiB"
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J", "two\nlines", "\u202ereversed", "\x00"])
+def test_what_is_shown_cannot_steer_a_terminal(text: str) -> None:
+    """Names are refused; a reason is spelled out."""
+    (bye,) = decode_message(encode_message([encode_frame(Bye(1, text))]))
+    assert isinstance(bye, Bye) and bye.reason.isprintable() and bye.reason
+
+    for frame in (Hello(1, 1, 7, 0, text), Have(text, Version()), Presence(5, text, 7, 9, b"x")):
+        with pytest.raises(ProtocolError, match="printed"):
+            decode_message(encode_message([encode_frame(frame)]))
