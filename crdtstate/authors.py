@@ -27,6 +27,7 @@ from nacl.exceptions import CryptoError
 from nacl.signing import VerifyKey
 
 from crdtstate.certificates import (
+    CONTROL,
     FORWARD,
     SNAPSHOT,
     WRITE,
@@ -147,6 +148,9 @@ class Authors(Protocol):
     def may_hand(self, document: str) -> bool:
         """and is believed when it hands a snapshot of it to others."""
 
+    def may_rule(self, document: str, writer: int, card: bytes) -> bool:
+        """Whether a writer with this card may set the rules of a document."""
+
     def is_own(self, writer: int, card: bytes) -> bool:
         """Whether this process may go on as a *writer* that its store knows with this card."""
 
@@ -202,6 +206,9 @@ class Unsigned:
         return True
 
     def may_hand(self, document: str) -> bool:
+        return True
+
+    def may_rule(self, document: str, writer: int, card: bytes) -> bool:
         return True
 
     def is_own(self, writer: int, card: bytes) -> bool:
@@ -332,6 +339,13 @@ class Signed:
 
     def may_hand(self, document: str) -> bool:
         return self._own().allows(SNAPSHOT, document)
+
+    def may_rule(self, document: str, writer: int, card: bytes) -> bool:
+        try:
+            return self.certificate(writer, card).allows(CONTROL, document)
+        except Unproven:
+            # From before the mesh asked for signatures.
+            return False
 
     def is_own(self, writer: int, card: bytes) -> bool:
         head = card[:CARD_HEAD]

@@ -69,6 +69,9 @@ JOIN = "crdtjoin1"
 MESH = "@mesh"
 """The document of revocations."""
 
+CONTROLLED = (MESH, "@quarantine")
+"""Documents that only controllers write: there it is told what counts."""
+
 SYSTEM = "@"
 ALL = "*"
 
@@ -145,7 +148,8 @@ class Certificate:
         if document == MESH and role in (FORWARD, READ):
             # Whoever is a member has to know who is one no more.
             return True
-        return self.is_controller or self._has(role) and (role, document) != (WRITE, MESH)
+        is_controlled = role == WRITE and document in CONTROLLED
+        return self.is_controller or (self._has(role) and not is_controlled)
 
     @property
     def is_controller(self) -> bool:

@@ -250,7 +250,7 @@ class Connections:
                         await self._door.refuse(connection, *refusal, agent=identity.agent)
                         break
                 frames = wire.decode_message(data)
-                if not self._may_come(identity, frames):
+                if certificate is not None and not self._may_come(identity, frames):
                     reason = "too many writers of this key"
                     await self._door.refuse(connection, CloseCode.RATE, reason, identity.agent)
                     break

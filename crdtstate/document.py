@@ -55,6 +55,7 @@ from crdtstate.errors import (
     CRDTStateError,
     Forked,
     InvalidUpdate,
+    NotAllowed,
     UnknownValidator,
     UnsupportedValue,
     UsageError,
@@ -218,6 +219,8 @@ class Document:
         # Called after each change, own ones too, with what it wrote and what that resolved; and
         # after a snapshot.
         self.on_delivered: Callable[[Delivery], None] | None = None
+        # Whether a writer with this card, see `Change.card`, may set rules here.
+        self.may_rule: Callable[[int, bytes], bool] = lambda writer, card: True
         # Whether a transaction is open, at whose end what is written is judged.
         self.is_grouped: Callable[[], bool] = lambda: False
         # What the document admits, as it says itself.
@@ -387,6 +390,9 @@ class Document:
             )
         if self.is_grouped():
             raise UsageError("rules are set outside of transactions, in a change of their own")
+        card = self.prover.card if self.prover is not None else b""
+        if not self.may_rule(self.writer, card):
+            raise NotAllowed(self.agent, "c", self.name)
         if self.rules.is_full(self.writer):
             raise UsageError(f"{self.name!r}: this writer has set too many rules")
         if self.is_open:
@@ -431,11 +437,13 @@ class Document:
         before = {path: self._before.get(path, lanes.own_slot(path)) for path in slots}
         if all(rule_of(path) is not None for path in slots):
             return
-        sealed = after = lanes.use(self.writer)
-        for path in slots:
-            now = lanes.own_slot(path)
-            sealed = sealed.plus(path, now, -1).plus(path, before[path])
-            after = after.plus(path, now, -1).plus(path, slots[path])
+        sealed = after = Use()
+        if force.measures:
+            sealed = after = lanes.use(self.writer)
+            for path in slots:
+                now = lanes.own_slot(path)
+                sealed = sealed.plus(path, now, -1).plus(path, before[path])
+                after = after.plus(path, now, -1).plus(path, slots[path])
         writes = {
             path: slot for path, slot in slots.items() if slot is not None and slot != before[path]
         }
@@ -450,18 +458,19 @@ class Document:
             UnknownValidator: It cannot be judged here.
         """
         dot, lanes = change.dot, self.lanes
-        force = self.rules.for_change(dot, change.deps)
+        force = self.rules.for_change(dot, plan.builds_on(change.deps))
         slots = plan.written(change.seq)
-        if not force or not slots or all(rule_of(path) is not None for path in slots):
+        if not self._needs_verdict(force, change, slots):
             return None
         before = {path: lanes.slot(plan.writer, path) for path in slots}
-        use = lanes.use(plan.writer)
-        after = use
-        for owner, path in plan.drops:
-            if owner == plan.writer:
-                after = after.plus(path, lanes.slot(owner, path), -1)
-        for path, slot in slots.items():
-            after = after.plus(path, before[path], -1).plus(path, slot)
+        use = after = Use()
+        if force.measures:
+            use = after = lanes.use(plan.writer)
+            for owner, path in plan.drops:
+                if owner == plan.writer:
+                    after = after.plus(path, lanes.slot(owner, path), -1)
+            for path, slot in slots.items():
+                after = after.plus(path, before[path], -1).plus(path, slot)
         return self._verdict(force, change, slots, before, use, after)
 
     def _unadmitted(self) -> tuple[dict[str, Slot | None], Use]:
@@ -469,9 +478,11 @@ class Document:
         and it was not admitted: whoever saw to that is no better off than others."""
         if not self.rules.now or self._admitted is not None:
             return {}, Use()
-        use = self.lanes.use(self.writer)
-        for path, slot in self._before.items():
-            use = use.plus(path, self.lanes.own_slot(path), -1).plus(path, slot)
+        use = Use()
+        if self.rules.now.measures:
+            use = self.lanes.use(self.writer)
+            for path, slot in self._before.items():
+                use = use.plus(path, self.lanes.own_slot(path), -1).plus(path, slot)
         return dict(self._before), use
 
     def _judge_own(
@@ -484,9 +495,9 @@ class Document:
             for path in before
             if (slot := lanes.own_slot(path)) is not None and slot.seq == change.seq
         }
-        if all(rule_of(path) is not None for path in slots):
+        if not self._needs_verdict(self.rules.now, change, slots):
             return None
-        after = lanes.use(self.writer)
+        after = lanes.use(self.writer) if self.rules.now.measures else use
         try:
             refused = self._verdict(self.rules.now, change, slots, before, use, after)
         except UnknownValidator:
@@ -498,6 +509,16 @@ class Document:
             lanes.watch()
             lanes.review(change.writer, refused.paths)
         return refused
+
+    def _needs_verdict(self, force: Force, change: Change, slots: Mapping[str, Slot]) -> bool:
+        rules = sum(rule_of(path) is not None for path in slots)
+        if rules and not self._may_rule(change):
+            return True
+        return bool(force) and rules < len(slots)
+
+    def _may_rule(self, change: Change) -> bool:
+        card = change.card or self.cards.get(change.writer, b"")
+        return self.may_rule(change.writer, card)
 
     def _verdict(
         self,
@@ -511,12 +532,14 @@ class Document:
         """What *force* makes of a change that writes *slots* over what was *before*."""
         is_resolution = change.kind == RESOLUTION
         proposal = propose(self.name, change.writer, change.origin, is_resolution, slots, before)
-        try:
-            reason = force.judge(proposal, use, after)
-        except UnknownValidator:
-            if not self.admits_unjudged:
-                raise
-            reason = None
+        reason: str | None = "rules: who made it may not set them"
+        if all(rule_of(path) is None for path in slots) or self._may_rule(change):
+            try:
+                reason = force.judge(proposal, use, after)
+            except UnknownValidator:
+                if not self.admits_unjudged:
+                    raise
+                reason = None
         if reason is None:
             return None
         counts = {
@@ -1075,7 +1098,7 @@ class Document:
             plan = self.lanes.check(
                 change.update, change.writer, change.seq, self.version, self._before
             )
-            if self.rules:
+            if self.rules.said or any(put[2][0] == "@" for put in plan.puts):
                 refused = self._apply_rules(plan, change)
         if refused is not None:
             self.hiding.refuse(change.dot, refused)
@@ -1089,7 +1112,7 @@ class Document:
             raise
         if plan is not None and (self.rules.said or any(put[2][0] == "@" for put in plan.puts)):
             says = {} if refused is not None else rules_of(plan.written(change.seq))
-            self.rules.note(change.dot, change.deps, says)
+            self.rules.note(change.dot, plan.builds_on(change.deps), says)
         return touched, met, refused
 
     def _apply_rules(self, plan: Plan, change: Change) -> Refusal | None:

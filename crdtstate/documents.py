@@ -8,8 +8,9 @@ network or clock but the ones it is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from crdtstate import quarantine
@@ -59,6 +60,8 @@ class DocumentSet:
         self._transaction: Origin | None = None
         # What proves the changes of a writer, where that is asked for.
         self.prover_of: Callable[[int], Prover | None] = lambda writer: None
+        # Whether a writer with a card may set the rules of a document.
+        self.may_rule: Callable[[str, int, bytes], bool] = lambda document, writer, card: True
         # Documents of which changes were loaded with other proofs than these: from another mesh.
         self.scheme = CHECKSUM
         self.foreign: set[str] = set()
@@ -237,13 +240,7 @@ class DocumentSet:
         document.polls, document.on_delivered = self.polls, self._delivered
         document.is_grouped = lambda: self._transaction is not None
         document.release(quarantine.released(self.find(QUARANTINE), name))
-        for writer, ceiling in self._ceilings(name).items():
-            document.hide(writer, ceiling)
         return document
-
-    def _ceilings(self, name: str) -> Mapping[int, Ceiling]:
-        """What is to be hidden of a document that is made now; a replica adds to it."""
-        return {}
 
     def _shown(self, document: Document, paths: list[str], agent: str) -> None:
         """What is hidden of a document changed, so *paths* read differently, by a change of
@@ -292,6 +289,7 @@ class DocumentSet:
             shared=shared,
         )
         document.prover = self.prover_of(self._writer)
+        document.may_rule = partial(self.may_rule, name)
         document.witness = self.witness
         document.admits_unjudged = self.admits_unjudged
         self._documents[name] = document

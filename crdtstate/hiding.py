@@ -32,7 +32,8 @@ other, had not been; also after many more, and also when the document comes as a
 carries it. Of a lane that is cut off by a ceiling the total at that point is known to nobody any
 more. So the decision says what still counts of it (`Ceiling.counts`), and else it is nothing.
 
-All that is kept is proportional to what is hidden and stands.
+A snapshot says which changes were refused, since who joins by it cannot judge them any more; it is
+believed in that as in all else. All that is kept is proportional to what is hidden and stands.
 """
 
 from __future__ import annotations

@@ -39,14 +39,14 @@ sees it. pycrdt is imported here and in `native` only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from pycrdt import Doc
 from pycrdt import Map as YMap
 
 from crdtstate import guard
-from crdtstate.clock import Version
+from crdtstate.clock import Dot, Version
 from crdtstate.errors import InvalidUpdate
 from crdtstate.hiding import Hiding
 from crdtstate.lane import Lane, Segment, group_key, segment_key
@@ -108,6 +108,12 @@ class Plan(NamedTuple):
     def written(self, seq: int) -> dict[str, Slot]:
         """What change *seq* says anew, by path. It follows from the change alone."""
         return {path: slot for _, _, path, slot in self.puts if slot.seq == seq}
+
+    def builds_on(self, deps: Iterable[Dot]) -> list[Dot]:
+        """What the change builds on: *deps*, which it names, and what it covers. Of who tells the
+        truth that is no more."""
+        covered = (Dot(*pair) for _, _, _, slot in self.puts for pair in slot.covers.items())
+        return [*deps, *covered]
 
 
 class Lanes:
@@ -225,8 +231,13 @@ class Lanes:
         """How much is in the lane of *writer*, hidden or not; the own one with open writes."""
         use = self._uses.get(writer)
         if use is None:
-            use = Use()
-            for path, slot in self.slots(writer).items():
+            use, lane = Use(), self.lanes.get(writer)
+            if writer == self.writer or lane is None:
+                # What is open is not in the lane yet.
+                slots = self.slots(writer)
+            else:
+                slots = {path: slot for path in lane.places if (slot := self.slot(writer, path))}
+            for path, slot in slots.items():
                 use = use.plus(path, slot)
             self._uses[writer] = use
             self.is_plain = False

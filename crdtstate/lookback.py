@@ -137,7 +137,7 @@ class Lookback:
                 f"not {point!r}"
             )
         id = point if isinstance(point, str) else point.id
-        past = Past(self._hiding)
+        past = self._past()
         for loaded in await self._checkpoints.load(id):
             if names is None or loaded.name in names:
                 snapshot = await self._read_snapshot(id, loaded)
@@ -273,6 +273,11 @@ class Lookback:
             await asyncio.sleep(0)
         return changed
 
+    def _past(self) -> Past:
+        past = Past(self._hiding)
+        past.may_rule = self._documents.may_rule
+        return past
+
     def _hiding(self, name: str) -> Hiding | None:
         living = self._documents.find(name)
         return None if living is None else living.hiding
@@ -282,7 +287,7 @@ class Lookback:
     async def _rebuild(self, cut: Cut, names: list[str] | None) -> Past:
         wanted = [name for name in cut if names is None or name in names]
         await self._reach(Cut({name: cut[name] for name in wanted}))
-        past, loaded = Past(self._hiding), Loaded()
+        past, loaded = self._past(), Loaded()
         for name in wanted:
             await self._fill(past, name, cut[name], loaded)
         return past
@@ -491,13 +496,13 @@ class Lookback:
     def portions_now(self, reader: HistoryReader) -> Iterator[list[PastChange]]:
         """History from what is at hand."""
         bases = self._nearest(reader, self._bases(reader.name))
-        begun = self._begin_now(Past(self._hiding), reader.name, bases[0]) if bases else None
+        begun = self._begin_now(self._past(), reader.name, bases[0]) if bases else None
         return self._portions(reader, begun)
 
     async def portions(self, reader: HistoryReader) -> Iterator[list[PastChange]]:
         """History from whatever is nearest."""
         bases = self._nearest(reader, self._all_bases(reader.name, {}))
-        begun = await self._start(Past(self._hiding), reader.name, bases) if bases else None
+        begun = await self._start(self._past(), reader.name, bases) if bases else None
         return self._portions(reader, begun)
 
     def _portions(
@@ -534,7 +539,7 @@ class Lookback:
         if not usable:
             raise self._forgotten(name)
         before = [base for base in usable if dots.are_after(base.version)]
-        document = await self._start(Past(self._hiding), name, before or usable[::-1])
+        document = await self._start(self._past(), name, before or usable[::-1])
         trace = RunTrace(document, dots)
         for changes in self._read(name, document.version.copy(), until):
             for change in changes:

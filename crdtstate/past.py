@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import unified_diff
+from functools import partial
 from itertools import chain, islice
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -114,6 +115,7 @@ class Past(DocumentSet):
     def begin(self, name: str, shared: bool, snapshot: bytes | Snapshot | None) -> PastDocument:
         """A document of this past, at *snapshot* or empty, to be given its changes."""
         document = PastDocument(name, self._refuse, shared)
+        document.may_rule = partial(self.may_rule, name)
         if (hiding := self._hiding(name)) is not None:
             document.lanes.hiding = hiding.emptied()
         if snapshot is not None:

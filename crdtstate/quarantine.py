@@ -5,7 +5,8 @@ What is refused (`rules`) lies in the document and is hidden (`hiding`), on ever
 can look at it and let it count after all: a *release*, which is ordinary replicated content of the
 document ``@quarantine``, with a map for each document and a key for each change that was released.
 So all replicas show it from when they hear of it, whatever came first, also who gets the change
-later, or with a snapshot. Whoever may write that document may release.
+later, or with a snapshot. Whoever may write that document may release: in a mesh with certificates,
+controllers.
 
 A release says nothing of changes that are not refused; it waits for them.
 """

@@ -33,7 +33,7 @@ from crdtstate.borrowing import Loan, borrow, lease_limit
 from crdtstate.certificates import Certificate, is_valid_at
 from crdtstate.change import Change, decode_change
 from crdtstate.checkpoints import Checkpoint, Checkpoints, default_tier
-from crdtstate.clock import Version
+from crdtstate.clock import Dot, Stamp, Version
 from crdtstate.comparing import Divergence
 from crdtstate.config import Config
 from crdtstate.connections import FAREWELL, Connections
@@ -74,6 +74,7 @@ from crdtstate.lookback import Lookback
 from crdtstate.membership import Member
 from crdtstate.obeying import Docket, Obeying
 from crdtstate.observers import Observers
+from crdtstate.quarantine import Quarantined
 from crdtstate.recovering import Check, Recovering
 from crdtstate.recovery import Ladder, Opened
 from crdtstate.resolving import Resolving
@@ -144,7 +145,8 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
             For agents without a store of which there are many after each other: else each would
             leave a trace in every document. Opening waits for it, up to `Config.lease_timeout`.
         advertise: The URL under which others can reach this replica, if that is not *listen*:
-            behind a proxy, or when it listens on all interfaces.
+            behind a proxy, when it listens on all interfaces, or with the fingerprint of its own
+            certificate.
         lan: Find other replicas on the local network that give the same word here, and be found.
             Needs the extra ``crdtstate[lan]``.
         tls: The certificate to show with ``listen="wss://..."``; for peers, whom to trust.
@@ -211,6 +213,7 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
             raise UsageError("lease=True: in a mesh with certificates each writes in its own name")
         self._writer = self._authors.draw(self._rng)
         self.prover_of, self.scheme = self._authors.prover, self._authors.scheme
+        self.may_rule = self._authors.may_rule
         self._door = Door(
             self._credentials,
             self.config.limits,
@@ -380,9 +383,10 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
     def _let_go(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._saving.close()
         if self._suspects is not None:
+            # While the store is nobody else's.
             self._suspects.close()
+        self._saving.close()
         self._close_documents()
         for _, waiter in self._waiters:
             if not waiter.done():
@@ -449,7 +453,7 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
             self._suspects = opened.suspects
             for found in self._suspects.quarantined:
                 what = (found.document, found.writer, found.seq, "", str(found))
-                self._sync.quarantine(sync.Aside(found.id, *what))
+                self._sync.quarantine(sync.Aside(found.id, *what, found.at_ms << 16))
                 self._emit(ChangeQuarantined(*what))
         for name, version in self.versions():
             self._base[name] = self._opened[name] = version.get(self._writer, 0)
@@ -998,13 +1002,35 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
         self._sync.closed(name, writer, self._loop.time())
         self._wake()
 
-    def _release_aside(self, id: bytes) -> bool:
-        """Let pycrdt try a change again that it did not survive; False if there is no such."""
-        if self._suspects is not None:
-            self._suspects.release(id)
-        is_there = self._sync.release(id, self._loop.time())
-        self._wake()
-        return is_there
+    def quarantined(self, document: str | None = None) -> list[Quarantined]:
+        """See `DocumentSet.quarantined`. After those come the changes that this replica alone keeps
+        out, because pycrdt did not survive them; they name no paths."""
+        asides = self._sync.quarantined() if self._state == "open" else []
+        return super().quarantined(document) + [
+            Quarantined(
+                aside.document,
+                Dot(aside.writer, aside.seq),
+                aside.agent,
+                aside.reason,
+                (),
+                Stamp(aside.stamp),
+            )
+            for aside in asides
+            if document in (None, aside.document)
+        ]
+
+    def release(self, item: Quarantined, *, message: str = "") -> None:
+        """See `DocumentSet.release`. A change that pycrdt did not survive is tried again, by this
+        replica alone, once a peer sends it."""
+        self._check_usable()
+        for aside in self._sync.quarantined() if self._state == "open" else []:
+            if isinstance(item, Quarantined) and aside[1:4] == (item.document, *item.dot):
+                if self._suspects is not None:
+                    self._suspects.release(aside.id)
+                self._sync.release(aside.id, self._loop.time())
+                self._wake()
+                return
+        super().release(item, message=message)
 
     def _note_verdict(self, number: int, fault: str | None) -> None:
         if self._state == "open":

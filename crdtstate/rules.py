@@ -2,8 +2,10 @@
 Rules: what a document admits, as the document itself says.
 
 The container ``@rules`` of a document names its validators (`validators`) and its quota: how many
-bytes and keys each *writer* may have in it. Whoever may write the document may set them. A change
-that the rules refuse is delivered and hidden (`hiding`), on all replicas alike.
+bytes and keys each *writer* may have in it. Whoever may write the document may set them; in a mesh
+with certificates, who has the role to control it, and what others set is refused (`may_rule` of
+`Document`, which looks at the writer's card). A change that the rules refuse is delivered and
+hidden (`hiding`), on all replicas alike.
 
 **Which rules hold for a change.** Those that it builds on: a rule holds for a change if the one
 that set it is among the changes that it builds on, directly or not, and no later one among these
@@ -11,6 +13,8 @@ has set it anew. So it does not matter what a replica knows when the change arri
 
 - Who has not heard of a rule is not bound by it, and what they write meanwhile is never refused
   because of it, wherever and whenever it arrives. A rule binds from when it is heard.
+  Who only says that it has not heard of it can go on so, at places that nobody has written to
+  since: what a change covers, it builds on. For the rest there is `Ceiling`.
 - Two that set a rule at the same time: validators hold that either of them uses, and of limits
   the lower one, until somebody who has heard of both sets it anew.
 - A change that sets rules, and does nothing else, is never refused: else there could be rules that
@@ -31,8 +35,9 @@ lane no larger. An agent that goes on as another writer has a new quota.
 **What cannot be told alike is not told.** Nothing here looks at what a document reads as. Of a
 lane only its owner's changes alter what counts here, with one exception: adopters drop what is
 settled in the lane of a writer that is closed (L6 of `lanes`). So where there are rules nobody
-adopts. What is left: an adopter that has not heard of the first rule, and a late change of a writer
-that is closed, which has.
+adopts. What is left, and could be judged differently by two replicas: a late change of a writer
+that is closed, if it knows a rule that an adopter of its lane had not heard of; and what builds on
+the rules of a writer that has told two replicas two different ones (`forks`).
 """
 
 from __future__ import annotations
@@ -116,7 +121,12 @@ class Force(NamedTuple):
     quota: Quota = Quota()
 
     def __bool__(self) -> bool:
-        return bool(self.validators) or self.quota != Quota()
+        return bool(self.validators) or self.measures
+
+    @property
+    def measures(self) -> bool:
+        """Whether it matters how much a writer has."""
+        return self.quota != Quota()
 
     def unknown(self) -> str | None:
         """A validator that is not registered here."""

@@ -200,7 +200,8 @@ Effect = (
 
 
 class Aside(NamedTuple):
-    """A change that is not taken in, and why; *agent* is empty if it is not known."""
+    """A change that is not taken in, and why; *agent* is empty if it is not known, and *stamp* then
+    says when it was found."""
 
     id: bytes
     document: str
@@ -208,6 +209,7 @@ class Aside(NamedTuple):
     seq: int
     agent: str
     reason: str
+    stamp: int
 
 
 class Sync:
@@ -1033,7 +1035,7 @@ class Sync:
 
     def _quarantine_change(self, change: Change, reason: str) -> None:
         who = (change.document, change.writer, change.seq, change.origin.agent)
-        self.quarantine(Aside(change.id, *who, reason[:500]))
+        self.quarantine(Aside(change.id, *who, reason[:500], change.stamp))
         self._effects.append(Emit(ChangeQuarantined(*who, reason[:500])))
 
     def quarantine(self, aside: Aside) -> None:

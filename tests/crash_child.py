@@ -41,7 +41,7 @@ async def main(store: str, peer: str, wanted: dict[str, str]) -> None:
             await changed.wait()
             changed.clear()
         await replica.durable()
-        aside = [[each.document, each.writer, each.seq] for each in replica._sync.quarantined()]
+        aside = [[each.document, *each.dot] for each in replica.quarantined()]
         recovery = replica.recovery
         source = None if recovery is None else recovery.source
         print(json.dumps({"plan": dict(plan), "aside": aside, "source": source}))

@@ -792,6 +792,7 @@ def test_each_setting_can_come_from_everywhere(run, tmp_path, monkeypatch):
         "store": ("a.db", "a.db"),
         "peers": (["ws://a:1", "ws://b:1"], "ws://a:1, ws://b:1"),
         "checkpoints": (["memory://", "sqlite:///c.db"], "memory:// sqlite:///c.db"),
+        "modules": (["json", "re"], "json re"),
         "durability": ("power", "power"),
         "name": ("n", "n"),
         "drain": (0.5, "0.5"),

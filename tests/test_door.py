@@ -9,6 +9,7 @@ served afterwards, and must not take more memory or hold up the event loop.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import gc
 import logging
 import os
@@ -987,6 +988,19 @@ async def test_of_those_who_start_at_once_one_listens(folder):
     assert all("already" in str(each) for each in found if isinstance(each, BaseException))
     await (await dial(url)).close()
     await listeners[0].close()
+
+
+@asynchronous
+async def test_while_another_process_replaces_a_socket_one_waits(folder):
+    held = os.open(folder, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    listening = asyncio.create_task(listen(f"unix://{folder}/mesh.sock", hold))
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert not listening.done() and os.listdir(folder) == []
+
+    os.close(held)
+    await (await listening).close()
 
 
 AS_NOBODY = """

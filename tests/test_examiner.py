@@ -307,6 +307,14 @@ async def test_a_deadly_change_is_quarantined_and_the_document_stays(deadly: Non
         await until(lambda: "still" in str(mine), careful)
 
         assert str(mine) == "still ours "
-        (aside,) = careful._sync.quarantined()
-        assert (aside.writer, aside.seq) == (hostile.writer, 1)
+        (aside,) = careful.quarantined()
+        assert aside.dot == (hostile.writer, 1) and aside.agent == "hostile"
+        assert "signal 11" in aside.reason
         assert {type(event) for event in told} == {ChangeQuarantined, PeerRejected}
+
+        # Released, it is tried again, with the same outcome.
+        told.clear()
+        careful.release(aside)
+        assert careful.quarantined() == []
+        await until(lambda: len(told) > 1, careful)
+        assert careful.quarantined() == [aside] and str(mine) == "still ours "

@@ -60,6 +60,15 @@ agent-2 up 1 checkpoint 0 conflicts
 agent-3 up 1 checkpoint 0 conflicts
 queen up 1 checkpoint 0 conflicts
 """,
+    "mesh_with_members.py": """\
+rob reads: {'goal': 'ship it'}
+no: 'wanda' may not write 'notes'
+no: 'rob' may not write 'plan'
+a stranger: it is not of this mesh; see mesh=
+parted from: wanda
+rob still reads: {'goal': 'ship it'}
+revoked: wanda, as her laptop was stolen
+""",
     "blocking_agent.py": """\
 the relay has: {'task-0': 0, 'task-1': 1, 'task-2': 4, 'task-3': 9, 'task-4': 16, 'task-5': 25, \
 'task-6': 36, 'task-7': 49}

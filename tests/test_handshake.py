@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from crdtstate import handshake
 from crdtstate.certificates import Certificate, Grant, issue, parse_grant
 from crdtstate.errors import NotAdmitted, UsageError
 from crdtstate.handshake import (
@@ -172,6 +173,8 @@ def strangers() -> Iterator[tuple[str, Known, Known]]:
     yield "A20 both of another root than the other", good, member("ann", OTHER_ROOT)
     yield "words where members are", Known("secret"), good
     yield "a host where members are", Known("host"), good
+    yield "words where a host is", Known("secret"), Known("host")
+    yield "a host where words are", Known("host"), Known("secret")
     yield "members where words are", good, Known("secret")
     yield "A19 expired", member("ann", not_before_ms=0, not_after_ms=NOW - DAY), good
     yield "A19 not valid yet", member("ann", not_before_ms=NOW + DAY, not_after_ms=2 * NOW), good
@@ -331,16 +334,32 @@ def test_who_dials_two_cannot_pass_the_proof_of_one_to_the_other():
 
 
 def test_another_certificate_of_the_same_key_cannot_be_put_in():
-    """An older one, with more rights: it is signed for as well."""
+    """An older one, with more rights: the one that is shown is signed for as well."""
     old = certify("ann", grants=[parse_grant("*:crw")])
+    dials, listens = dialler(member("ann")), listener(member("bob"))
+    mac, _, signature = msgpack.unpackb(dials.prove(listens.answer(dials.greet())))
 
-    def swap(number: int, message: bytes) -> bytes:
-        if number != 3:
-            return message
-        mac, _, signature = msgpack.unpackb(message)
-        return bytes(msgpack.packb([mac, old.data, signature]))
+    with pytest.raises(NotAdmitted, match=FAILED):
+        listens.admit(msgpack.packb([mac, old.data, signature]))
 
-    fails(dialler(member("ann")), listener(member("bob")), swap)
+
+def test_a_message_has_one_spelling():
+    """Also the last one of a mesh without certificates, which says nothing and has no MAC."""
+    for kind in ("host", "secret"):
+        fails(
+            dialler(Known(kind)),
+            listener(Known(kind)),
+            lambda n, m: m.replace(b"\xc4\0", b"\xc5\0\0", 1) if n == 4 else m,
+        )
+
+
+def test_who_has_no_certificates_takes_none():
+    """Proved by somebody who knows the words."""
+    dials, listens = dialler(Known("secret")), listener(Known("secret"))
+    mac, _, _ = msgpack.unpackb(dials.prove(listens.answer(dials.greet())))
+
+    with pytest.raises(NotAdmitted, match=FAILED):
+        listens.admit(msgpack.packb([mac, certify("ann").data, bytes(64)]))
 
 
 @pytest.mark.parametrize("first", [{0: 0}, {0: 2}, {1: "secret"}, {1: "host"}, {1: ""}])
@@ -354,6 +373,18 @@ def test_there_is_nothing_to_downgrade_to(first):
         return bytes(msgpack.packb(fields))
 
     fails(dialler(member("ann")), listener(member("bob")), alter)
+
+
+def test_another_version_is_not_spoken(monkeypatch):
+    """By somebody who speaks it from the first message on, so nothing was altered on its way."""
+    dials, listens = dialler(Known("secret")), listener(Known("secret"))
+    with monkeypatch.context() as patched:
+        patched.setattr(handshake, "VERSION", 2)
+        first = dials.greet()
+    second = listens.answer(first)
+
+    with pytest.raises(NotAdmitted, match=FAILED):
+        dials.prove(second)
 
 
 def test_over_tls_both_must_have_seen_the_same_certificate(both):
@@ -376,6 +407,17 @@ def test_a_stranger_cannot_tell_which_secret_is_known_here():
         assert (version, len(nonce), chosen, len(mac)) == (1, 32, msgpack.unpackb(first)[3][0], 32)
         with pytest.raises(NotAdmitted, match=FAILED):
             listens.admit(msgpack.packb([bytes(32), b"", b""]))
+
+
+def test_what_strangers_are_answered_with_is_made_under_no_key_that_they_could_know():
+    for guess in (b"", bytes(32), OTHER_SECRET, bytes([7]) * 32, bytes([8]) * 32):
+        dials = dialler(Known("secret", (OTHER_SECRET,)))
+        listens = listener(Known("secret"))
+        second = listens.answer(dials.greet())
+        dials._secret = guess
+        dials._said.append(second)
+        with pytest.raises(NotAdmitted, match=FAILED):
+            listens.admit(msgpack.packb([dials._mac("dialler"), b"", b""]))
 
 
 def test_nobody_who_does_not_know_the_secret_is_shown_a_name():

@@ -325,7 +325,7 @@ def test_what_the_journal_forgets_while_it_is_read_is_an_error_not_a_gap() -> No
 
 @asynchronous
 async def test_the_history_of_a_replica_with_and_without_waiting(tmp_path: Path) -> None:
-    config = Config(snapshot_after_bytes=20_000, log_bytes=20_000)
+    config = Config(snapshot_after_bytes=30_000, log_bytes=30_000)
     async with Replica("ann", store=tmp_path / "a.db", config=config) as ann:
         checkpoint = None
         for number in range(800):

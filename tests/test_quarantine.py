@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import fleet_mesh
 import pytest
 from harness import asynchronous
 
@@ -33,6 +34,7 @@ from crdtstate import (
 )
 from crdtstate import validators as validators_module
 from crdtstate.documents import DocumentSet
+from crdtstate.errors import NotAllowed
 from crdtstate.hiding import Ceiling
 from crdtstate.relay import server as relay_server
 from crdtstate.relay import settings as relay_settings
@@ -430,7 +432,7 @@ def run_fleet(seed: int, steps: int = 60) -> tuple[Simulation, int]:
     rng = random.Random(seed)
     eve = fleet.names[-1]
     fleet["agent-0"].document("main").use_validator("test: whole tasks")
-    fleet["agent-1"].document("main").limit(keys=12)
+    fleet["agent-1"].document("main").limit(keys=6)
     fleet.run(1.0)
     for step in range(steps):
         name = rng.choice(fleet.names)
@@ -492,3 +494,48 @@ def test_a_fleet_reads_the_same_whatever_happens_to_it(block: int) -> None:
         hidden += count
         fleet.end()
     assert hidden > 8, "nothing was hidden; the test shows nothing"
+
+
+# In a mesh with certificates
+
+
+@asynchronous
+async def test_only_who_controls_sets_rules_and_releases() -> None:
+    certified = fleet_mesh.Mesh()
+    async with AsyncExitStack() as stack:
+        mesh = Mesh(stack)
+        chief = await mesh.add("chief", mesh=certified.credentials("chief", "*:frwsc"))
+        writers = [
+            await mesh.add(name, mesh=certified.credentials(name, "*:frw"))
+            for name in ("ann", "eve")
+        ]
+        ann, eve = writers
+        for replica in writers:
+            with pytest.raises(NotAllowed):
+                replica.document("main").limit(keys=0)
+        chief.document("main").use_validator("test: whole tasks")
+        await mesh.settle()
+        lawless(eve)
+        eve.map("tasks")["1"] = {}
+        await mesh.settle()
+        eve.document("main").may_rule = lambda writer, card: True
+        eve.document("main").drop_validator("test: whole tasks")
+        await mesh.settle()
+        eve.map("tasks")["2"] = {}
+        await mesh.settle()
+
+        for replica in (chief, ann):
+            assert dict(replica.map("tasks")) == {}
+            assert replica.document("main").validators() == ("test: whole tasks",)
+            assert [item.reason.split(":")[0] for item in replica.quarantined()] == [
+                "test",
+                "rules",
+                "test",
+            ]
+        (first, *_) = ann.quarantined()
+        for replica in writers:
+            with pytest.raises(NotAllowed):
+                replica.release(first)
+        chief.release(first)
+        await mesh.settle(chief, ann)
+        assert dict(ann.map("tasks")) == dict(chief.map("tasks")) == {"1": {}}

@@ -22,7 +22,7 @@ from crdtstate import validators as validators_module
 from crdtstate.change import Change, Origin, Snapshot
 from crdtstate.clock import Dot
 from crdtstate.document import Document
-from crdtstate.errors import InvalidUpdate
+from crdtstate.errors import InvalidUpdate, NotAllowed
 from crdtstate.rules import ON, QUOTA, VALIDATOR, Force, Rules, read_quota, write_quota
 
 
@@ -610,3 +610,49 @@ def test_a_snapshot_whose_rules_are_no_msgpack_is_refused_and_changes_nothing() 
     assert reading(two) == {} and two.version == {}
     two.join(snapshot)
     assert two.quota == Quota(None, 5)
+
+
+def test_who_may_not_set_rules_is_refused_whether_there_are_any_or_not() -> None:
+    def may_rule(writer: int, card: bytes) -> bool:
+        return writer == 1
+
+    one, other, lawless = make(1), make(2), make(3, kind=Lawless)
+    for document in (one, other):
+        document.may_rule = may_rule
+    with pytest.raises(NotAllowed, match="may not"):
+        other.use_validator("test: no red")
+    lawless.map("plan")["a"] = 1
+    lawless.put(rules_module.RULES, QUOTA, document_module.pack("/0", ""))
+    bad = seal(lawless)
+    give(other, bad)
+    one.limit(keys=2)
+    rule = seal(one)
+    give(one, bad)
+    give(other, rule)
+
+    for document in (one, other):
+        assert document.quota == Quota(None, 2) and dict(document.map("plan")) == {}
+        ((dot, refusal),) = document.withheld()
+        assert dot == bad.dot and refusal.reason == "rules: who made it may not set them"
+    one.map("plan")["b"] = 1
+
+
+def test_who_writes_over_what_builds_on_a_rule_has_heard_of_it() -> None:
+    one, liar = make(1), make(2, kind=Lawless)
+    one.use_validator("test: no red")
+    rule = seal(one)
+    one.map("plan")["a"] = "green"
+    seen = seal(one)
+    give(liar, rule, seen)
+    # It names nothing that it builds on, as if it had heard of nothing.
+    liar.heads.clear()
+    liar.map("plan")["b"] = "red"
+    backdated = seal(liar)
+    liar.map("plan")["a"] = "red"
+    given_away = seal(liar)
+    assert backdated.deps == given_away.deps == ()
+
+    give(one, backdated, given_away)
+
+    assert dict(one.map("plan")) == {"a": "green", "b": "red"}
+    assert [dot for dot, _ in one.withheld()] == [given_away.dot]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -15,7 +17,7 @@ import pytest
 from checkpointing import hear, quick
 from harness import asynchronous
 
-from crdtstate import Replica, verbs
+from crdtstate import Replica, blocking, cli, verbs
 from crdtstate.attestation import Attestation
 from crdtstate.authors import authors_of
 from crdtstate.catalogue import Checkpoint
@@ -581,3 +583,49 @@ async def test_the_past_gives_nobody_anothers_name(tmp_path: Path, alter: Any) -
         eve.map("plan").clear()
         await eve.restore(wrong)
         assert names(eve) == {"a": "eve"}, "it is written anew by who restores it"
+
+
+# On the command line
+
+
+def test_commands_look_who_made_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mesh, store = Mesh(), tmp_path / "ann.db"
+    files = {}
+    for name in ("ann", "queen", "stranger"):
+        files[name] = tmp_path / f"{name}.join"
+        files[name].write_text((Mesh() if name == "stranger" else mesh).invite(name).encode())
+        files[name].chmod(0o600)
+
+    def run(line: str, who: str | None) -> tuple[int, str, str]:
+        more = [] if who is None else ["--mesh", str(files[who])]
+        monkeypatch.setattr(sys, "argv", ["crdtstate", "checkpoints", *line.split(), *more])
+        return cli.main(), *capsys.readouterr()
+
+    with blocking.Replica("ann", store=store) as ann:
+        ann.map("plan")["goal"] = "old"
+        old = ann.checkpoint("before").id
+    with blocking.Replica("ann", store=store, mesh=files["ann"]) as ann:
+        ann.map("plan")["goal"] = "ship"
+        ann.durable()
+    code, made, _ = run(f"create {store} --label mine", "ann")
+    assert code == 0
+
+    assert run(f"verify {store}", None)[0] == 0, "nothing is asked for without a mesh"
+    for who in ("ann", "queen"):
+        code, out, err = run(f"verify {store}", who)
+        assert f"ann {made.strip()}: intact\n" in out
+        assert f"ann {old}: nothing proves whose it is\n" in out
+        assert code == 1 and "is damaged, or not of this mesh: 1 checkpoint" in err
+    code, out, err = run(f"list {store} --json", "queen")
+    assert [each["proven"] for each in json.loads(out)] == [False, True]
+    assert "1 checkpoint not proven" in run(f"list {store}", "queen")[2]
+    code, out, err = run(f"verify {store}", "stranger")
+    assert code == 1 and "its manifest: " in out and "of another mesh" in out
+    code, out, _ = run(f"diff {store} {made}", "queen")
+    assert (code, out) == (0, "")
+    code, out, _ = run(f"restore {store} {old}", "ann")
+    assert code == 0 and "'old'" in out
+    with blocking.Replica("ann", store=store, mesh=files["ann"]) as ann:
+        assert ann.map("plan")["goal"] == "old"

@@ -34,6 +34,7 @@ def test_a_process_that_lives_leaves_no_suspects(tmp_path: Path) -> None:
     suspects.end(ONE)
     suspects.close()
 
+    assert list(tmp_path.iterdir()) == []
     again = Suspects(tmp_path / "store.db")
     assert (list(again), again.died_at) == ([], None)
 

@@ -297,7 +297,14 @@ def test_addresses_of_whoever_dials_them_are_told_from_others(address: str) -> N
 
 
 @pytest.mark.parametrize(
-    "address", ["ws://10.0.0.1", "wss://4f2a", "ws://[fe80::1]:9", "ws://localhost.example.com"]
+    "address",
+    [
+        "ws://10.0.0.1",
+        "wss://4f2a",
+        "ws://[fe80::1]:9",
+        "ws://localhost.example.com",
+        "wss://10.0.0.1:9#sha256=" + 64 * "0",
+    ],
 )
 def test_other_addresses_may_be_dialled_by_all(address: str) -> None:
     assert is_dialable(address, may_local=False)

@@ -129,7 +129,7 @@ def test_a_refused_change_is_quarantined_the_peer_struck_and_the_rest_asked_abou
     core.answer(0)
     assert sorted(core.body()) == ["1", "x"]
     assert core.core.quarantined() == [
-        Aside(bad.id, "notes", 7, 2, "agent-7", "it kills"),
+        Aside(bad.id, "notes", 7, 2, "agent-7", "it kills", bad.stamp),
     ]
     told = [type(event) for event in core.events]
     assert ChangeQuarantined in told and PeerRejected in told

@@ -586,8 +586,9 @@ async def test_voters_die_and_come_back_and_all_read_the_same(tmp_path: Path) ->
         ann, bob, cy = [await opened(name) for name in CONFIG.voters]
         await even(ann, bob, cy, relay)
         for agent in (ann, bob, bob, cy, cy):
-            # Twice, to be later than hers also within one millisecond.
+            # Twice, each in a change of its own, to be later than hers in any one millisecond.
             agent.register("leader", strategy="vote").value = agent.agent
+            agent.version()
         await even(ann, bob, cy, relay)
         bob.vote(bob.conflicts()[0], "ann")
         await even(ann, bob, cy, relay)

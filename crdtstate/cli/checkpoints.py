@@ -90,7 +90,8 @@ def verify_checkpoints(
             print(f"{printable(who)} {printable(each)}: {printable(why or 'intact')}")
     problems = sum(why is not None for _, _, why in found)
     if problems:
-        raise CRDTStateError(f"{tier} is damaged: {count(problems, 'checkpoint')}")
+        what = "is damaged" if mesh is None else "is damaged, or not of this mesh"
+        raise CRDTStateError(f"{tier} {what}: {count(problems, 'checkpoint')}")
 
 
 def create_checkpoint(
@@ -258,7 +259,8 @@ async def _verify_checkpoints(
                 await each.check_believed(checkpoint.id)
                 found.append((each.agent, checkpoint.id, None))
             except CorruptCheckpoint as exc:
-                found.append((each.agent, checkpoint.id, exc.reason))
+                why = exc.reason.removeprefix(f"{checkpoint.id}: ")
+                found.append((each.agent, checkpoint.id, why))
     if id is not None and not found:
         raise UnknownCheckpoint(id)
     return found

@@ -65,6 +65,7 @@ class Member(DocumentSet):
         )
         self._writer = self.authors.draw(self.rng)
         self.prover_of, self.scheme = self.authors.prover, self.authors.scheme
+        self.may_rule = self.authors.may_rule
         self.store = MemoryStore()
         self.session = self.rng.getrandbits(64)
         self.core = sync.Sync(

@@ -34,7 +34,7 @@ from crdtstate.change import Change, Origin, Snapshot, decode_change
 from crdtstate.clock import Cut, HybridClock, Version
 from crdtstate.crdts import Counter
 from crdtstate.document import Document, EngineFailure
-from crdtstate.errors import InvalidUpdate
+from crdtstate.errors import ChangeRefused, InvalidUpdate
 from crdtstate.events import DivergenceDetected, Event, PeerRejected
 from crdtstate.guard import parse_change
 from crdtstate.slots import SEPARATOR, Cell, Slot, candidates, live_slots, totals
@@ -122,12 +122,20 @@ class WatchedDocument(Document):
         """See `Document.put`."""
         op = Op(container + SEPARATOR + key, value, 0, self.version.copy())
         self._ops.append(op)
-        super().put(container, key, value, kind=kind)
+        try:
+            super().put(container, key, value, kind=kind)
+        except ChangeRefused:
+            del self._ops[-1]
+            raise
 
     def count(self, container: str, up: int, down: int) -> None:
         """See `Document.count`."""
         self._ops.append(Op(container + SEPARATOR, None, up - down, _NOTHING))
-        super().count(container, up, down)
+        try:
+            super().count(container, up, down)
+        except ChangeRefused:
+            del self._ops[-1]
+            raise
 
     def mark(self) -> Mapping[str, Slot | None]:
         """See `Document.mark`."""

@@ -159,13 +159,20 @@ class Suspects:
             self._save()
 
     def close(self) -> None:
-        """Let the file go. Idempotent."""
+        """Let the file go, and remove it if it says nothing. Idempotent."""
+        is_idle = self._map is not None and not self._map[15]
+        self._let_go()
+        if is_idle and not self._suspects:
+            with suppress(OSError):
+                self._path.unlink()
+
+    def _let_go(self) -> None:
         if self._map is not None:
             self._map.close()
             self._map = None
 
     def _save(self) -> None:
-        self.close()
+        self._let_go()
         partial = Path(f"{self._path}.partial")
         # Without it the store works as well: then nobody will know what the process died of.
         with suppress(OSError):
