@@ -226,6 +226,7 @@ __all__ = [
     "Results",
     "Retention",
     "Reverted",
+    "Revocation",
     "Set",
     "Shared",
     "SharedState",

@@ -57,8 +57,10 @@ from crdtstate.membership import Member
 from crdtstate.obeying import Handler
 from crdtstate.outcomes import Results
 from crdtstate.past import Difference, Past
+from crdtstate.quarantine import Quarantined
 from crdtstate.replica import Peer
 from crdtstate.reports import Report
+from crdtstate.revocations import Revocation
 from crdtstate.rewrite import Reverted
 from crdtstate.sharing import Shared
 from crdtstate.system import SystemCheckpoint, SystemRestore
@@ -345,6 +347,22 @@ class Replica:
         self.call(lambda inner: inner.trust(agent))
 
     # Watching and looking
+
+    def quarantined(self, document: str | None = None) -> list[Quarantined]:
+        """The changes that are hidden. See `crdtstate.Replica.quarantined`."""
+        return self.call(lambda inner: inner.quarantined(document))
+
+    def release(self, item: Quarantined, *, message: str = "") -> None:
+        """Show a change that was hidden. See `crdtstate.Replica.release`."""
+        self.call(lambda inner: inner.release(item, message=message))
+
+    def revoke(self, who: str | Revocation, *, reason: str = "") -> list[Revocation]:
+        """Revoke a member for ever. See `crdtstate.Replica.revoke`."""
+        return self.call(lambda inner: inner.revoke(who, reason=reason))
+
+    def revocations(self) -> list[Revocation]:
+        """Who was revoked, oldest first."""
+        return self.call(lambda inner: inner.revocations())
 
     @property
     def recovery(self) -> Recovery | None:

@@ -435,6 +435,7 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
     def _begin(self, opened: Opened) -> None:
         """Take up work with what was loaded."""
         self._store = opened.store
+        self._check_mesh()
         now, seeds = self._loop.time(), self._peer_urls
         self._sync = sync.Sync(
             self, self._hello(), self.config, self._rng, now, seeds, authors=self._authors
@@ -960,6 +961,18 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
             return self._standing.is_revoked(certificate)
         return certificate.key != self._credentials.public
 
+    def _check_mesh(self) -> None:
+        """Raise UsageError if what was loaded is signed, and this replica has nothing to sign with:
+        what it writes would be refused by all others."""
+        if self._credentials.kind == "member":
+            return
+        for name, _ in self.versions():
+            if self._documents[name].cards:
+                raise UsageError(
+                    f"{self._store_path}: {name!r} is signed by members of a mesh; open it with "
+                    "this agent's join token: mesh=Path(FILE), or --mesh FILE"
+                )
+
     def _admit_foreign(self) -> None:
         """What was written in another mesh, or in none, has proofs that nobody here believes. It is
         handed on as a snapshot, by a member who may."""
@@ -967,6 +980,13 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
             return
         for name, _ in self.versions():
             document = self._documents[name]
+            for writer, card in list(document.cards.items()):
+                try:
+                    self._authors.certificate(writer, card)
+                except InvalidUpdate:
+                    # Of another mesh: nobody here takes a snapshot with it.
+                    del document.cards[writer]
+                    self.foreign.add(name)
             document.agents.update(self._authors.unproven(document.agents, document.cards))
             if name in self.foreign:
                 snapshot = document.snapshot()

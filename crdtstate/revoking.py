@@ -58,7 +58,6 @@ class Revoking(DocumentSet):
             self._standing.take(each)
         return found
 
-    @property
     def revocations(self) -> list[Revocation]:
         """Who was revoked, oldest first."""
         return self._standing.revocations

@@ -62,7 +62,7 @@ async def main(folder: Path) -> None:
         plan["goal"] = "whoever has her laptop now"
         await rob.wait_for(queen.version(), timeout=10)
         print("rob still reads:", dict(rob.document("plan").map("plan")))
-        print("revoked:", *(f"{each.agent}, as {each.reason}" for each in rob.revocations))
+        print("revoked:", *(f"{each.agent}, as {each.reason}" for each in rob.revocations()))
 
 
 if __name__ == "__main__":

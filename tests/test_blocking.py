@@ -22,6 +22,7 @@ from crdtstate import (
     WaitTimeout,
 )
 from crdtstate.blocking import Replica
+from tests.fleet_mesh import Mesh
 
 
 @pytest.fixture
@@ -363,3 +364,24 @@ def test_conflicts_are_voted_on_resolved_and_audited() -> None:
         ]
         assert [r.kind for r in bob.audit(bob.audit()[0], limit=5)] == ["decision", "resolution"]
         assert [c.key for c in bob.conflicts()] == ["best/run"]
+
+
+def test_a_mesh_with_members_from_a_thread() -> None:
+    mesh = Mesh()
+    with (
+        Replica("relay", listen="ws://127.0.0.1:0", mesh=mesh.credentials("relay")) as relay,
+        Replica(
+            "queen",
+            peers=[str(relay.address)],
+            mesh=mesh.credentials("queen", "*:rws", "*:c"),
+        ) as queen,
+    ):
+        with Replica("eve", peers=[str(relay.address)], mesh=mesh.credentials("eve")) as eve:
+            eve.map("plan")["a"] = 1
+            queen.wait_for(eve.version(), timeout=10)
+        (revocation,) = queen.revoke("eve", reason="it is over")
+        relay.wait_for(queen.version(), timeout=10)
+        assert relay.revocations() == [revocation]
+        assert relay.quarantined() == []
+        with pytest.raises(UsageError):
+            queen.release("nothing")

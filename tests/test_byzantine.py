@@ -13,11 +13,11 @@ from crdtstate.certificates import Certificate, decode_certificate
 from crdtstate.change import CARD_HEAD, ID_BYTES
 from crdtstate.document import Document
 from crdtstate.errors import InvalidCertificate, Unproven
-from crdtstate.simulation.byzantine import Fault, campaign, run
+from crdtstate.simulation.byzantine import Fault, campaign, main, run
 from crdtstate.standing import Standing
 from crdtstate.sync import Sync
 
-SEEDS, STEPS = 60, 700
+SEEDS, STEPS = 40, 700
 MUTANT_SEEDS = 40
 
 
@@ -42,6 +42,11 @@ def test_the_liar_is_named() -> None:
 
     for member in world.honest:
         assert {getattr(event, "agent", "") for event in member.events} >= {"mallory"}
+
+
+def test_it_can_be_run_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--seed", "3", "--seeds", "2", "--steps", "100"]) == 0
+    assert capsys.readouterr().out.startswith("2 seeds of 100 steps, 0 failed")
 
 
 Plant = Callable[[pytest.MonkeyPatch], None]

@@ -124,6 +124,34 @@ async def test_what_was_written_without_a_mesh_is_handed_on_as_a_snapshot(tmp_pa
             assert agents == ["ann (not proven)", "ann"]
 
 
+@asynchronous
+async def test_a_signed_store_is_not_opened_without_its_mesh(tmp_path: Path) -> None:
+    store = tmp_path / "ann.db"
+    async with Replica("ann", store=store, mesh=Mesh().credentials("ann")) as ann:
+        ann.map("plan")["a"] = 1
+        await ann.durable()
+    for mesh in (None, "words that all of us know"):
+        with pytest.raises(UsageError, match="join token"):
+            async with Replica("ann", store=store, mesh=mesh):
+                raise AssertionError("it was opened")
+
+
+@asynchronous
+async def test_a_store_can_be_taken_to_another_mesh(tmp_path: Path) -> None:
+    store, mesh = tmp_path / "ann.db", Mesh()
+    async with Replica("ann", store=store, mesh=Mesh().credentials("ann")) as ann:
+        ann.map("plan")["old"] = 1
+        await ann.durable()
+    async with fleet(mesh, "bob") as (relay, bob):
+        peers = [str(relay.address)]
+        async with Replica("ann", store=store, mesh=mesh.credentials("ann"), peers=peers) as ann:
+            ann.map("plan")["new"] = 2
+            await even(relay, ann, bob)
+            assert dict(bob.map("plan")) == {"old": 1, "new": 2}
+            (live,) = bob.map("plan").live("old")
+            assert live.agent == "ann (not proven)"
+
+
 def forge(change: Change, **altered: Any) -> Change:
     """A change that is not what was signed, with right hashes."""
     fields: dict[str, Any] = {
@@ -347,8 +375,8 @@ async def test_who_is_revoked_is_parted_from_and_what_it_writes_is_hidden() -> N
         for each in (relay, queen, ann):
             assert dict(each.map("plan")) == {"before": 1, "ann": 1}
             assert each.counter("tokens").value == 5
-            assert [found.agent for found in each.revocations] == ["eve"]
-            assert each.revocations[0].reason == "her laptop was stolen"
+            assert [found.agent for found in each.revocations()] == ["eve"]
+            assert each.revocations()[0].reason == "her laptop was stolen"
         eve.map("plan")["late"] = 1
         # A newcomer sees the same, whatever comes first.
         peers = [str(relay.address)]

@@ -10,9 +10,11 @@ have found fault with nobody but mallory. All chance comes from one seed.
 
 from __future__ import annotations
 
+import argparse
 import random
+import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from crdtstate import sync, wire
@@ -743,3 +745,26 @@ def campaign(seeds: range, steps: int) -> tuple[Counter[str], list[tuple[int, st
         except (Fault, CRDTStateError) as exc:
             failed.append((seed, str(exc)))
     return tried, failed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a campaign and print what came of it; 1 if a seed failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m crdtstate.simulation.byzantine",
+        description="Honest members and one that lies, in virtual time. A seed is one history.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--seeds", type=int, default=200, help="how many")
+    parser.add_argument("--steps", type=int, default=800, help="of each")
+    given = parser.parse_args(arguments)
+    tried, failed = campaign(range(given.seed, given.seed + given.seeds), given.steps)
+    print(f"{given.seeds} seeds of {given.steps} steps, {len(failed)} failed")
+    for what, count in tried.most_common():
+        print(f"{count:8,}  {what.replace('_', ' ')}")
+    for seed, why in failed:
+        print(f"seed {seed}: {why}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
