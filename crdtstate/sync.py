@@ -1213,7 +1213,9 @@ class Sync:
     def _on_offer(self, link: Link, frame: wire.Offer) -> None:
         if not link.may_hand(frame.document):
             raise ProtocolError(f"offers a snapshot of {frame.document!r}, and may not")
-        if self._wants.is_asked(frame.document, link.peer):
+        # Who is asked for more of a snapshot that it has not any more offers its newest.
+        is_next = self._downloads.is_from(frame.document, link.peer)
+        if is_next or self._wants.is_asked(frame.document, link.peer):
             self._downloads.on_offer(link.peer, frame, self._now)
 
     def _on_chunk(self, link: Link, frame: wire.Chunk) -> None:

@@ -197,6 +197,11 @@ class Downloads:
                 if not download.data:
                     del self._running[document]
 
+    def is_from(self, document: str, peer: int) -> bool:
+        """Whether a snapshot of a document is being fetched from *peer*."""
+        found = self._running.get(document)
+        return found is not None and found.peer == peer
+
     def on_offer(self, peer: int, frame: wire.Offer, now: float) -> None:
         """Take an offer that is wanted. Raises ProtocolError."""
         if not 0 < frame.size <= wire.SNAPSHOT_BYTES_MAX:

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 
 from hypothesis import settings
+from pytest import Item
 from servers import bucket, redis_server, s3_credentials, s3_server
 
 __all__ = ["bucket", "redis_server", "s3_credentials", "s3_server"]
@@ -24,3 +25,17 @@ if "CRDTSTATE_TESTS" not in os.environ:
     folder = tempfile.mkdtemp(prefix="crdt-")
     os.environ["CRDTSTATE_TESTS"] = os.environ["XDG_STATE_HOME"] = folder
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+LONGEST = (
+    "test_simulation.py",
+    "test_recovery.py",
+    "test_controller.py",
+    "test_controller_kill.py",
+)
+"""They begin first, or one process is left with them when the others have nothing to do."""
+
+
+def pytest_collection_modifyitems(items: list[Item]) -> None:
+    """Let the longest files begin first; all else stays in order."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))

@@ -183,7 +183,8 @@ def snapshot_cut_at_received() -> None:
             made = take()
             version = Version(made.version)
             version.merge(received)
-            offer(name, floor, now, lambda: made._replace(version=version))
+            ids = {writer: made.ids.get(writer, bytes(16)) for writer in version}
+            offer(name, floor, now, lambda: made._replace(version=version, ids=ids))
 
         self._serving.uploads.offer = offer_more  # type: ignore[method-assign]
 

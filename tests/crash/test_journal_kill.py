@@ -66,6 +66,6 @@ def test_whatever_was_confirmed_survives_kill_9(
             assert kept == [change(seq).data for seq in range(first, known + 1)]
 
     # Nothing is damaged; but the changes are made up, and do not fit.
-    (problem,) = verify(path).problems
+    problem, *_ = verify(path).problems
     assert problem.endswith(("of an unknown scheme", "checksum does not match"))
     assert confirmed > 10 * ROUNDS
