@@ -131,6 +131,7 @@ from crdtstate.quarantine import Quarantined
 from crdtstate.replica import Peer, Replica
 from crdtstate.reports import AgentReport, Report
 from crdtstate.retention import Retention
+from crdtstate.revocations import Revocation
 from crdtstate.rewrite import Kept, Reverted
 from crdtstate.rules import Quota, Use
 from crdtstate.sharing import Shared
