@@ -305,6 +305,8 @@ def _decode_body(data: bytes, body: bytes) -> tuple[Any, ...]:
     _check(kind, 0, TIDY, "kind")
     if type(shared) is not bool or type(hashed) is not bytes:
         raise InvalidUpdate("a change's update is malformed")
+    if shared and document.startswith("@"):
+        raise InvalidUpdate("a document of the system holds no native types")
     for text in origin:
         if type(text) is not str or len(text) > 1000:
             raise InvalidUpdate("a change's origin is malformed")
@@ -424,6 +426,8 @@ class Snapshot(NamedTuple):
             raise InvalidUpdate("a snapshot's document has no valid name")
         if type(shared) is not bool or type(state) is not bytes or type(agents) is not tuple:
             raise InvalidUpdate("a snapshot is malformed")
+        if shared and document.startswith("@"):
+            raise InvalidUpdate("a document of the system holds no native types")
         _check(stamp, 0, STAMP_MAX, "stamp")
         pairs = list(zip(agents[::2], agents[1::2], strict=False))
         if len(agents) % 2 or not all(

@@ -43,6 +43,12 @@ def encode(one: Change, other: Change, card: bytes) -> bytes:
     return data
 
 
+def card_of(proof: bytes) -> bytes:
+    """The card in a proof that was decoded."""
+    card: bytes = msgpack.unpackb(proof)[3]
+    return card
+
+
 def decode(data: object, authors: Authors) -> tuple[str, int, str]:
     """Read a proof that may come from anybody: (document, writer, agent).
 

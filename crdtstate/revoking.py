@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 
 from crdtstate.authors import Authors
-from crdtstate.certificates import CONTROL, MESH, Certificate
+from crdtstate.certificates import CONTROL, MESH, Certificate, is_valid_at
 from crdtstate.commands import CONTROL as CONTROL_DOCUMENT
 from crdtstate.credentials import Credentials
 from crdtstate.documents import DocumentSet
@@ -70,14 +70,19 @@ class Revoking(DocumentSet):
         if agent == self.agent:
             return own.is_controller
         document = self.find(CONTROL_DOCUMENT)
+        found = []
         for writer, card in document.cards.items() if document is not None else ():
             try:
-                found = self._authors.certificate(writer, card)
+                certificate = self._authors.certificate(writer, card)
             except InvalidUpdate:
                 continue
-            if found is not None and found.agent == agent and found.is_controller:
-                return not self._standing.is_revoked(found)
-        return False
+            if certificate is not None and certificate.agent == agent:
+                found.append(certificate)
+        # Who was a controller once may be one no more.
+        newest = max(found, key=lambda each: (each.not_before_ms, each.serial), default=None)
+        if newest is None or not newest.is_controller or self._standing.is_revoked(newest):
+            return False
+        return is_valid_at(newest, self.wall_ms())
 
     def _revocations_of(self, agent: str, reason: str) -> Iterator[Revocation]:
         if agent == self.agent:

@@ -161,9 +161,9 @@ class Standing:
 
     def _publish(self, key: str, proof: bytes) -> None:
         try:
-            document = self._documents.system_document(forks.DOCUMENT)
-            if key not in document.map(forks.PROOFS):
-                document.map(forks.PROOFS)[key] = proof
+            view = self._documents.system_document(forks.DOCUMENT).map(forks.PROOFS)
+            if not self._is_told(view, key):
+                view[key] = proof
         except CRDTStateError:
             # This one may not write, or takes no part in it; others have seen both as well.
             pass
@@ -180,21 +180,18 @@ class Standing:
             # Somebody may have written over it.
             key = f"{writer:x}/{name}"
             if not any(candidate.value == proof for candidate in view.live(key)):
-                if not any(self._is_proof(candidate.value) for candidate in view.live(key)):
-                    self._publish_again(view, key, proof)
+                self._publish(key, proof)
 
-    def _publish_again(self, view: Map, key: str, proof: bytes) -> None:
-        try:
-            view[key] = proof
-        except CRDTStateError:
-            pass
-
-    def _is_proof(self, value: Any) -> bool:
-        try:
-            forks.decode(value, self._authors)
-        except InvalidUpdate:
-            return False
-        return True
+    def _is_told(self, view: Map, key: str) -> bool:
+        """Whether what stands at a key proves what the key says."""
+        for candidate in view.live(key):
+            try:
+                name, writer, _ = forks.decode(candidate.value, self._authors)
+            except InvalidUpdate:
+                continue
+            if f"{writer:x}/{name}" == key:
+                return True
+        return False
 
     def _take_proof(self, value: Any) -> None:
         if type(value) is bytes and value in self._proofs.values():
@@ -203,9 +200,20 @@ class Standing:
             name, writer, agent = forks.decode(value, self._authors)
         except InvalidUpdate:
             return
-        if (name, writer) not in self._proofs:
+        if (name, writer) not in self._proofs and self._is_of(value, name, writer):
             self._emit(Equivocation(agent, name, writer, 0))
             self._close(name, writer, value)
+
+    def _is_of(self, proof: bytes, name: str, writer: int) -> bool:
+        """Whether a proof is by the key that the writer has here: another key gives the same number
+        once in 2**53 tries."""
+        document = self._documents.find(name)
+        card = document.cards.get(writer) if document is not None else None
+        if card is None:
+            return True
+        mine = self._authors.certificate(writer, card)
+        other = self._authors.certificate(writer, forks.card_of(proof))
+        return mine is not None and other is not None and mine.key == other.key
 
     def _close(self, name: str, writer: int, proof: bytes) -> None:
         if (name, writer) in self._proofs:
@@ -304,8 +312,9 @@ class Standing:
                 self._apply_to(document, document.cards)
 
     def _apply_to(self, document: Document, writers: Iterable[int]) -> None:
-        """Hide what was revoked of these writers."""
-        if not len(self._revoked):
+        """Hide what was revoked of these writers. What they told of others' revocations and forks
+        proves itself, and stays."""
+        if not len(self._revoked) or document.name in (MESH, forks.DOCUMENT):
             return
         for writer in list(writers):
             try:

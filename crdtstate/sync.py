@@ -275,6 +275,8 @@ class Sync:
         # Documents to rebuild, and why.
         self._broken: dict[str, str] = {}
         self._is_reidentifying = False
+        # Documents in which a writer was closed, to be saved.
+        self._closed_in: dict[str, None] = {}
         # Somebody has said that there is a copy of this replica.
         self._was_told = False
         self._quorum = Quorum(
@@ -848,10 +850,14 @@ class Sync:
         if self._quarantine and _key(change) in self._quarantine or change.id in self._aside:
             return
         try:
-            self._prove(change)
+            is_proven = self._prove(change)
         except Unproven as exc:
             self._set_aside(change)
             self._strike(link, str(exc))
+            return
+        if not is_proven and self.documents.find(name) is None:
+            # Nobody makes a document, and says of which type it is, with what nothing proves. It is
+            # asked for again, once what tells who its writer is has come.
             return
         document = self._find_or_make(name, change.shared)
         if document.is_broken:
@@ -871,21 +877,22 @@ class Sync:
             return False
         return True
 
-    def _prove(self, change: Change, is_due: bool = False) -> None:
+    def _prove(self, change: Change, is_due: bool = False) -> bool:
         """Check that a change is its writer's, as soon as it is known who that is: at the latest
-        when it *is due* to be delivered. Raises Unproven."""
+        when it *is due* to be delivered. Returns whether it was checked; raises Unproven."""
         if not self.authors.are_checked:
-            return
+            return True
         found = self.documents.find(change.document)
         card = found.cards.get(change.writer, b"") if found is not None else b""
         if not (card or change.card or is_due) and self.authors.have_cards:
-            return
+            return False
         key = _key(change)
         if key not in self._proven:
             self.authors.check(change, card)
             self._proven[key] = None
             if len(self._proven) > PROVEN_MAX:
                 self._proven.popitem(last=False)
+        return True
 
     def _find_or_make(self, name: str, shared: bool) -> Document:
         found = self.documents.find(name)
@@ -1084,7 +1091,7 @@ class Sync:
 
     def _on_have(self, link: Link, frame: wire.Have) -> None:
         name = frame.document
-        if not self._takes(name):
+        if not self._takes(name) or not link.takes(name):
             return
         self._ledger.page(name)
         acked = link.acked.setdefault(name, Version())
@@ -1151,9 +1158,7 @@ class Sync:
         self._now = now
         document = self.documents.find(name)
         if document is not None:
-            # What comes next may build on what nobody here has: the store has to know this first.
-            self._save(document)
-            self._retry_pending(document)
+            self._closed_in[name] = None
             if writer == self.hello.writer:
                 self._reidentify(f"others have proof that {name!r} is written twice")
 
@@ -1535,6 +1540,13 @@ class Sync:
 
     def effects(self) -> list[Effect]:
         """Take what is to be done, in order."""
+        while self._closed_in:
+            name, _ = self._closed_in.popitem()
+            document = self.documents.find(name)
+            if document is not None and not document.is_broken:
+                # What comes next may build on what nobody here has: the store has to know first.
+                self._save(document)
+                self._retry_pending(document)
         spread_at = self._outgoing.next_deadline()
         if spread_at is not None and spread_at <= self._now:
             self._outgoing.spread(self.mesh, self._now)

@@ -18,11 +18,12 @@ import pytest
 from crdtstate import wire
 from crdtstate.authors import Signed
 from crdtstate.certificates import Grant, issue
-from crdtstate.change import Change, Snapshot, decode_change, encode_change
+from crdtstate.change import Change, Origin, Snapshot, decode_change, encode_change
 from crdtstate.clock import Dot
 from crdtstate.events import ClockSkew, Equivocation, Event, PeerRejected
 from crdtstate.signing import public_of, sign
 from crdtstate.simulation.byzantine import DAY_MS, EPOCH_MS, MALLORY, Mallory, Member, World
+from crdtstate.sync import Sync
 
 
 class Scene(World):
@@ -253,3 +254,62 @@ def test_a64_a_snapshot_is_only_taken_from_who_may_hand_it() -> None:
     # And whoever may hand one cannot say who somebody is.
     assert scene.ann.authors.vouch(lie).agents == snapshot.agents
     assert Snapshot.decode(data).agents != snapshot.agents
+
+
+# What a review found beyond the list.
+
+
+@pytest.mark.parametrize("name", ["squatted", "@forks"])
+def test_nobody_makes_a_document_with_what_nothing_proves(name: str) -> None:
+    scene = Scene()
+    made = encode_change(
+        name, Dot(4711, 2), {}, 1, 0, not name.startswith("@"), b"\0\0", Origin(""), prev=bytes(16)
+    )
+    scene.tell(scene.ann, wire.Changes((made.data,)))
+    scene.bob.system_document(name).map("plan")["ours"] = 1
+    scene.bob.pump()
+    scene.run(3)
+
+    assert dict(scene.ann.system_document(name).map("plan")) == {"ours": 1}
+    assert scene.blamed(scene.ann) == []
+
+
+@pytest.mark.parametrize("name", ["@control", "@forks", "@votes"])
+def test_a_document_of_the_system_cannot_be_made_native(name: str) -> None:
+    scene = Scene()
+    last = scene.last(scene.mallory)
+    made = scene.mallory._again(last, document=name, shared=True, dot=Dot(last.writer, 1), prev=b"")
+    scene.tell(scene.ann, wire.Changes((made.data,)))
+
+    assert scene.blamed(scene.ann) == [MALLORY]
+    assert scene.ann.find(name) is None
+    assert scene.is_unhurt()
+
+
+def test_junk_in_place_of_a_proof_keeps_none_out() -> None:
+    scene = Scene()
+    change = scene.last(scene.mallory)
+    key = f"{change.writer:x}/main"
+    scene.mallory.system_document("@forks").map("proofs")[key] = 1
+    scene.mallory.pump()
+    scene.run(3)
+    other = scene.mallory._again(change, origin=change.origin._replace(message="not that"))
+    scene.tell(scene.ann, wire.Changes((other.data,)))
+    scene.run(3)
+
+    for member in scene.honest:
+        assert member.find("main").is_closed(change.writer)  # type: ignore[union-attr]
+
+
+def test_many_closed_lanes_are_one_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene()
+    saved: list[str] = []
+    save = Sync._save
+    monkeypatch.setattr(Sync, "_save", lambda self, it: (saved.append(it.name), save(self, it))[1])
+    for writer in range(50):
+        scene.ann.find("main").close_lane(writer + 1)  # type: ignore[union-attr]
+        scene.ann.core.closed("main", writer + 1, scene.now)
+    saved.clear()
+    scene.ann.pump()
+
+    assert saved == ["main"]

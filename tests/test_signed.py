@@ -558,6 +558,30 @@ async def test_a_relay_that_only_forwards_does_just_that(
     assert not [each for each in caplog.records if each.levelname == "ERROR"], caplog.text
 
 
+@asynchronous
+async def test_who_was_a_controller_once_is_obeyed_no_more() -> None:
+    mesh = Mesh()
+    async with fleet(mesh, "boss=*:rws,*:c", "ann") as (relay, boss, ann):
+        obeyed: list[str] = []
+        ann.serve_command("work", lambda command: obeyed.append(command.by))
+        await Controller(boss).issue("work", target=["ann"], timeout=20)
+        assert obeyed == ["boss"]
+        await boss.close()
+        again = Replica(
+            "boss",
+            peers=[str(relay.address)],
+            config=CONFIG,
+            mesh=mesh.credentials("boss", "*:rws"),
+        )
+        async with again:
+            with pytest.raises(NotAllowed):
+                Controller(again)
+            again.is_controller = lambda agent: True  # type: ignore[method-assign]
+            results = await Controller(again).issue("work", target=["ann"], timeout=20)
+            assert "not a controller" in str(results["ann"])
+        assert obeyed == ["boss"]
+
+
 def test_signing_needs_something_to_sign_with() -> None:
     with pytest.raises(UsageError, match="join token"):
         Replica("ann", config=Config(signing="signed"))
