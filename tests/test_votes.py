@@ -17,7 +17,7 @@ from crdtstate import Config, Replica
 from crdtstate import votes as votes_module
 from crdtstate.clock import COUNTER_BITS, Dot, Stamp
 from crdtstate.conflict import VOTE, Candidate, Conflict, Decision
-from crdtstate.errors import UsageError
+from crdtstate.errors import InvalidUpdate, UsageError
 from crdtstate.votes import VOTES, Ballot, Electorate, count, poll
 
 NAMES = ("ann", "bob", "cy", "dan", "eve")
@@ -298,9 +298,13 @@ def test_what_is_no_vote_counts_for_nothing(nonsense: Any) -> None:
 def test_a_document_of_votes_of_the_other_type_decides_nothing() -> None:
     ann, bob = everyone = agents(2)
     disagree(*everyone)
-    ann.system_document(VOTES, shared=True).text("body").insert(0, "hello")
     exchange(*everyone)
+    ann.system_document(VOTES, shared=True).text("body").insert(0, "hello")
+    # Nobody takes it in; where it was made, it decides nothing.
+    with pytest.raises(InvalidUpdate, match="no native types"):
+        exchange(*everyone)
 
+    assert not bob.system_document(VOTES).version
     assert {a.map("plan")["goal"] for a in everyone} == {"bob"}
     with pytest.raises(UsageError, match="shared=True"):
         vote(ann, "ann", voters=2)
