@@ -88,11 +88,6 @@ class Standing:
         """The revocations that are known, by time."""
         return sorted(self._revocations.values(), key=lambda each: (each.at_ms, each.key))
 
-    @property
-    def forks(self) -> list[tuple[str, int]]:
-        """The (document, writer) that are closed."""
-        return sorted(self._proofs)
-
     def is_revoked(self, certificate: Certificate) -> bool:
         """Whether who has this certificate is a member no more, or never was: its key was revoked,
         or that of the controller who invited it."""

@@ -1160,7 +1160,19 @@ class Sync:
         if document is not None:
             self._closed_in[name] = None
             if writer == self.hello.writer:
+                # Its documents are loaded anew, and what is stored has to fit together.
+                self._save_closed()
                 self._reidentify(f"others have proof that {name!r} is written twice")
+
+    def _save_closed(self) -> None:
+        """Save the documents in which writers were closed, each once for all of them."""
+        while self._closed_in:
+            name, _ = self._closed_in.popitem()
+            document = self.documents.find(name)
+            if document is not None and not document.is_broken:
+                # What comes next may build on what nobody here has: the store has to know first.
+                self._save(document)
+                self._retry_pending(document)
 
     def _compare(self, change: Change) -> None:
         """A change came whose dot is that of the newest of its writer here: are they the same?"""
@@ -1540,13 +1552,7 @@ class Sync:
 
     def effects(self) -> list[Effect]:
         """Take what is to be done, in order."""
-        while self._closed_in:
-            name, _ = self._closed_in.popitem()
-            document = self.documents.find(name)
-            if document is not None and not document.is_broken:
-                # What comes next may build on what nobody here has: the store has to know first.
-                self._save(document)
-                self._retry_pending(document)
+        self._save_closed()
         spread_at = self._outgoing.next_deadline()
         if spread_at is not None and spread_at <= self._now:
             self._outgoing.spread(self.mesh, self._now)

@@ -313,3 +313,13 @@ def test_many_closed_lanes_are_one_snapshot(monkeypatch: pytest.MonkeyPatch) -> 
     scene.ann.pump()
 
     assert saved == ["main"]
+
+
+def test_what_is_stored_fits_together_before_an_own_closed_lane_is_left() -> None:
+    scene = Scene()
+    ann = scene.ann
+    ann.find("main").close_lane(ann.writer)  # type: ignore[union-attr]
+    ann.core.closed("main", ann.writer, scene.now)
+
+    kinds = [type(effect).__name__ for effect in ann.core.effects()]
+    assert kinds.index("SaveSnapshot") < kinds.index("Reidentify")
