@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 demo: $(VENV)/ready
 	$(BIN)/crdtstate demo
 
-test: $(VENV)/ready $(VENV)/oldest
+test: $(VENV)/ready $(VENV)/oldest $(VENV)/newest tests/node/node_modules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --dist loadfile
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q tests/test_transports.py tests/test_replica.py
+	PYTHONPATH=$(VENV)/newest $(BIN)/python -m pytest -q tests/test_transports.py tests/test_replica.py
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks
@@ -29,13 +30,21 @@ style: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) tests/node/node_modules build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[cli,test]'
 	touch $@
 
-# The oldest websockets that pyproject.toml admits; the suite runs on the newest.
+# The oldest and the newest websockets that pyproject.toml admits; the suite runs on the newest that
+# the SDKs of agents admit too.
 $(VENV)/oldest: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ websockets==15.0.1
+$(VENV)/newest: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ websockets
+
+# Clients and servers from npm that tests run against.
+tests/node/node_modules: tests/node/package.json tests/node/package-lock.json
+	cd tests/node && npm ci --silent --no-audit --no-fund
+	touch $@
