@@ -120,6 +120,7 @@ FLOORS = [
         "blocking",
         "relay",
         "simulation",
+        "integrations",
         "demo",
         "cli",
         "__main__",
