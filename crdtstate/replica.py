@@ -255,7 +255,7 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
         )
         # What came and went, for metrics.
         self.traffic = self._connections.traffic
-        self._observers = Observers(agent, self.config.events_max, self._wake)
+        self._observers = Observers(agent, self.config.events_max, self._wake_if_idle)
         # What the process died of, perhaps.
         self._suspects: Suspects | None = None
         # Tries what others write in native documents.
@@ -819,7 +819,14 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
     def _written(self) -> None:
         if self._sealed:
             self._tell_sealed()
-        self._wake()
+            self._wake_if_idle()
+        else:
+            self._wake()
+
+    def _wake_if_idle(self) -> None:
+        """Pump soon, for what a pump that is under way takes along."""
+        if not self._is_pumping:
+            self._wake()
 
     def _wake(self) -> None:
         if not self._is_awake and self._state == "open":

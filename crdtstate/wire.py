@@ -92,8 +92,8 @@ COMPARED_MAX = 256
 PATH_CHARS_MAX = 1100
 HEADS_MAX = 40_000
 
-COMPRESS_BYTES_MIN = 200
-"""Smaller frames rarely shrink."""
+COMPRESS_BYTES_MIN = 500
+"""Smaller frames fit a packet anyway, and rarely shrink by more than the time they take."""
 
 WINDOW_LOG = 20
 """zstd needs to look back 1 MiB at most."""
@@ -629,6 +629,8 @@ def _source(data: bytes | memoryview) -> msgpack.Unpacker:
     """Return what the readers below read from: no arrays but those they open themselves."""
     source = msgpack.Unpacker(
         max_buffer_size=MESSAGE_BYTES_MAX,
+        # Else it sets a megabyte aside, whose pages cost more than to read a small message.
+        read_size=len(data),
         max_array_len=0,
         max_map_len=0,
         max_ext_len=0,
