@@ -340,8 +340,8 @@ def test_the_bytes_of_a_message_never_change() -> None:
 
 
 def test_the_bytes_of_a_compressed_frame_never_change() -> None:
-    frame = Changes((b"a" * 300,))
-    raw = bytes.fromhex("94 10 91 c5012c") + b"a" * 300 + bytes.fromhex("c2 c2")
+    frame = Changes((b"a" * 600,))
+    raw = bytes.fromhex("94 10 91 c50258") + b"a" * 600 + bytes.fromhex("c2 c2")
 
     encoded = encode_frame(frame)
 
