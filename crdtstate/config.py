@@ -28,9 +28,10 @@ class Config:
     """A connection on which nothing came for so long is closed and dialled again. At least three
     heartbeats; a shorter one mistakes a busy event loop for a dead peer."""
 
-    seal_delay: float = 0.02
-    """How long plain writes may collect in one change while the store is busy. Longer means
-    fewer, larger changes; otherwise they are sealed at the end of the loop turn."""
+    seal_delay: float = 0.1
+    """How long plain writes may collect in one change while the store or the event loop's thread
+    is busy. Longer means fewer, larger changes; otherwise they are sealed at the end of the loop
+    turn, and always before `durable`, `confirm` and all else that says what was written."""
 
     have_delay: float = 0.05
     """How long acknowledgements collect before they are sent."""

@@ -91,7 +91,8 @@ class Lane:
 
     def place(self, segment: Segment, path: str, clock: int) -> None:
         """Record that *path* is now said by the item *clock* of *segment*."""
-        self.leave(path)
+        if path in self.places:
+            self.leave(path)
         before = segment.tails.get(path)
         if before is not None:
             del self.items[before]

@@ -58,10 +58,11 @@ from crdtstate.slots import (
     Container,
     Slot,
     candidates,
-    check_content,
     check_contents,
+    decode_slots,
     is_settled,
     live_slots,
+    split_path,
 )
 
 SEGMENT_SLOTS = 700
@@ -558,8 +559,9 @@ class Lanes:
             raise InvalidUpdate(f"items start at clock {parsed.clock}, expected {clock}")
         groups: list[int] = []
         opened: dict[int, int] = {}
-        puts: list[tuple[int, int, str, Slot]] = []
-        moved: set[str] = set()
+        # Item's clock, segment's clock and path of each slot, and the slots as they came.
+        places: list[tuple[int, int, str]] = []
+        contents: list[bytes] = []
         seen: set[str] = set()
         dead, closes = self._check_deletes(parsed.deletes, lane)
         for origin, parent, key, content in parsed.items:
@@ -580,11 +582,12 @@ class Lanes:
                 if path in lane.places and (writer, path) not in dead:
                     raise InvalidUpdate(f"path {path!r} keeps an older slot (L4)")
                 seen.add(path)
-                slot = Slot.decode(content)
-                if self._check_slot(path, slot, writer, seq, version):
-                    moved.add(path)
-                puts.append((clock, where, path, slot))
+                places.append((clock, where, path))
+                contents.append(content)
             clock += 1
+        slots = decode_slots(contents)
+        moved = self._check_slots(places, slots, writer, seq, version)
+        puts = [(*place, slot) for place, slot in zip(places, slots, strict=True)]
         if closes and not {*(where for _, where, _, _ in puts), *opened.values()}.isdisjoint(
             closes
         ):
@@ -598,21 +601,42 @@ class Lanes:
                 raise InvalidUpdate(f"{writer:x} deletes slot {path!r} of {owner:x} (L1)")
         return Plan(writer, groups, list(opened.items()), puts, drops, closes, moved, clock)
 
-    def _check_slot(self, path: str, slot: Slot, writer: int, seq: int, version: Version) -> bool:
-        """Check one slot; return whether it only moved."""
-        if slot.seq != seq:
-            here = self.slot(writer, path)
-            if here == slot:
-                return True
-            # Missing, it may be one that an adopter dropped before this change turned up (L6).
-            if here is not None or slot.seq > seq:
-                raise InvalidUpdate(f"slot {path!r} is dated {slot.seq} in change {seq}")
-        for other, covered in slot.covers.items():
-            # Else one could cover what is not written yet, and it would vanish on arrival.
-            if other == writer or covered > version.get(other, 0):
-                raise InvalidUpdate(f"slot {path!r} covers what its writer cannot have seen (L2)")
-        check_content(path, slot)
-        return False
+    def _check_slots(
+        self,
+        places: list[tuple[int, int, str]],
+        slots: list[Slot],
+        writer: int,
+        seq: int,
+        version: Version,
+    ) -> set[str]:
+        """Check the slots of a change; return the paths of those that only moved."""
+        moved: set[str] = set()
+        # Container -> keys there, and what is new at them.
+        found: dict[str, tuple[list[str], list[Slot]]] = {}
+        for (_, _, path), slot in zip(places, slots, strict=True):
+            if slot.seq != seq:
+                here = self.slot(writer, path)
+                if here == slot:
+                    moved.add(path)
+                    continue
+                # Missing, it may be one that an adopter dropped before this change turned up (L6).
+                if here is not None or slot.seq > seq:
+                    raise InvalidUpdate(f"slot {path!r} is dated {slot.seq} in change {seq}")
+            for other, covered in slot.covers.items():
+                # Else one could cover what is not written yet, and it would vanish on arrival.
+                if other == writer or covered > version.get(other, 0):
+                    raise InvalidUpdate(
+                        f"slot {path!r} covers what its writer cannot have seen (L2)"
+                    )
+            name, separator, key = path.partition(SEPARATOR)
+            if name not in found or not separator:
+                found.setdefault(split_path(path)[0], ([], []))
+            keys, new = found[name]
+            keys.append(key)
+            new.append(slot)
+        for name, (keys, new) in found.items():
+            check_contents(name, keys, new)
+        return moved
 
     def _check_deletes(
         self, deletes: list[tuple[int, int, int]], lane: Lane
@@ -683,11 +707,17 @@ class Lanes:
             touched.append(path)
         for clock, where, path, slot in plan.puts:
             lane.place(lane.segments[where], path, clock)
-            if path not in plan.moved:
-                before = self._seen(path) if hides else None
+            if path in plan.moved:
+                continue
+            if hides:
+                before = self._seen(path)
                 self._update(path, plan.writer, slot)
-                if not hides or self._seen(path) != before:
-                    touched.append(path)
+                if self._seen(path) == before:
+                    continue
+            else:
+                container, _, key = path.partition(SEPARATOR)
+                self.container(container).update(key, plan.writer, slot)
+            touched.append(path)
         for clock in plan.closes:
             if clock in lane.segments:
                 self._close(lane, lane.segments[clock])

@@ -13,7 +13,7 @@ import asyncio
 import inspect
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from crdtstate.arguments import check_event
@@ -23,7 +23,7 @@ from crdtstate.document import Document
 from crdtstate.errors import ReplicaClosed, UsageError
 from crdtstate.events import Changed, ConflictFound, ConflictResolved, Event
 from crdtstate.slots import SEPARATOR
-from crdtstate.values import unpack_key
+from crdtstate.values import unpack, unpack_key
 
 log = logging.getLogger("crdtstate")
 
@@ -117,12 +117,17 @@ class Observers:
 
     def tell(self, event: Event) -> None:
         """Something happened: tell handlers at the next `dispatch`."""
-        log.debug("%s: %s", self._agent, event)
-        if self._handlers:
-            if len(self._pending) >= PENDING_EVENTS_MAX:
+        self._tell_all((event,))
+
+    def _tell_all(self, events: Sequence[Event]) -> None:
+        if log.isEnabledFor(logging.DEBUG):
+            for event in events:
+                log.debug("%s: %s", self._agent, event)
+        if self._handlers and events:
+            self._pending.extend(events)
+            while len(self._pending) > PENDING_EVENTS_MAX:
                 self._pending.popleft()
                 self._count_dropped()
-            self._pending.append(event)
             self._wake()
 
     def tell_paths(
@@ -133,19 +138,26 @@ class Observers:
         wants_changed = Changed in handlers or Event in handlers
         if not wants_changed and ConflictFound not in handlers and ConflictResolved not in handlers:
             return
+        told: list[Event] = []
+        containers = document.lanes.containers
         for path in paths:
             container, _, key = path.partition(SEPARATOR)
             kind = container[:1]
             if kind not in KINDS:
                 continue
             if wants_changed:
-                self.tell(_changed(document, kind, container[1:], key, agent, local))
+                told.append(_changed(document, kind, container[1:], key, agent, local))
             if kind in "mr":
-                self._tell_conflict(document, kind, container, key, agent)
+                cells = containers.get(container)
+                # Nearly always there is nothing to tell, and that takes two look-ups.
+                if self._contested or (cells is not None and key in cells.contested):
+                    told += self._conflict_of(document, kind, container, key, agent)
+        self._tell_all(told)
 
-    def _tell_conflict(
+    def _conflict_of(
         self, document: Document, kind: str, container: str, key: str, agent: str
-    ) -> None:
+    ) -> Iterator[Event]:
+        """What a write to a place means for the conflict there, if there is or was one."""
         place = (document.name, container + SEPARATOR + key)
         contested = key in document.lanes.container(container).contested
         if not contested and place not in self._contested:
@@ -156,11 +168,11 @@ class Observers:
         dots = frozenset(candidate.dot for candidate in found)
         if found and self._contested.get(place) != dots:
             self._contested[place] = dots
-            self.tell(ConflictFound(document.name, KINDS[kind], name, key, tuple(found)))
+            yield ConflictFound(document.name, KINDS[kind], name, key, tuple(found))
         elif not found and place in self._contested:
             del self._contested[place]
             event = _changed(document, kind, name, key, agent, False)
-            self.tell(ConflictResolved(document.name, KINDS[kind], name, key, event.value, agent))
+            yield ConflictResolved(document.name, KINDS[kind], name, key, event.value, agent)
 
     def _count_dropped(self) -> None:
         if not self._dropped:
@@ -200,7 +212,7 @@ def _changed(
     try:
         match kind:
             case "m":
-                value = Map(document, name).get(key)
+                value = _read_map(document, name, key)
             case "r":
                 value = document.register(name).value
             case "c":
@@ -214,3 +226,16 @@ def _changed(
         found = view.candidates_of(key)
         value = found[-1].value if found else None
     return Changed(document.name, KINDS[kind], name, shown, value, agent, local)
+
+
+def _read_map(document: Document, name: str, key: str) -> Any:
+    """What a map has at *key*, or None. A lone slot, as nearly all are, is read as it lies there:
+    every change passes here if somebody watches."""
+    container = document.lanes.containers.get("m" + name)
+    cell = container.cells.get(key) if container is not None else None
+    if cell is None:
+        return None
+    if len(cell) == 1:
+        (slot,) = cell.values()
+        return None if slot.value is None else unpack(slot.value)
+    return Map(document, name).get(key)

@@ -74,6 +74,7 @@ from crdtstate.lookback import Lookback
 from crdtstate.membership import Member
 from crdtstate.obeying import Docket, Obeying
 from crdtstate.observers import Observers
+from crdtstate.pacing import Pace
 from crdtstate.quarantine import Quarantined
 from crdtstate.recovering import Check, Recovering
 from crdtstate.recovery import Ladder, Opened
@@ -285,7 +286,11 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
         # Where the pump is: called soon, or running.
         self._is_awake = False
         self._is_pumping = False
-        self._timer: asyncio.TimerHandle | None = None
+        # uvloop's handles do not tell when, and may be plain ones.
+        self._timer: asyncio.Handle | None = None
+        self._timer_at = 0.0
+        self._pace = Pace(self.config.seal_delay)
+        self._woken_at = 0.0
         # Own seq by document at opening: what peers may know of this writer.
         self._base: dict[str, int] = {}
         self._opened: dict[str, int] = {}
@@ -831,7 +836,12 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
     def _wake(self) -> None:
         if not self._is_awake and self._state == "open":
             self._is_awake = True
-            self._loop.call_soon(self._pump)
+            self._woken_at = time.perf_counter()
+            self._loop.call_soon(self._take_turn)
+
+    def _take_turn(self) -> None:
+        self._pace.waited(time.perf_counter() - self._woken_at)
+        self._pump()
 
     def _pump(self) -> None:
         """Seal what was written, let the core decide, do what it says."""
@@ -842,8 +852,8 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
             return
         self._is_pumping = True
         try:
-            if not self._saving.is_busy and self._transaction is None:
-                self._seal_quietly()
+            if self._open and self._transaction is None and not self._saving.is_busy:
+                self._seal_in_time()
             self._saving.note_progress()
             while effects := self._sync.effects():
                 self._carry_out(effects)
@@ -855,6 +865,12 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
             self._is_pumping = False
         self._check_waiters()
         self._observers.dispatch()
+
+    def _seal_in_time(self) -> None:
+        now = self._loop.time()
+        if now >= self._pace.until:
+            self._seal_quietly()
+            self._pace.sealed(now)
 
     def _seal_quietly(self) -> None:
         """Seal what is open; there is no caller to tell what could not be."""
@@ -942,17 +958,19 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
 
     def _arm_timer(self) -> None:
         at = self._sync.next_deadline()
-        if self._open and self._saving.is_busy:
-            at = min(at, self._loop.time() + self.config.seal_delay)
+        if self._open and self._transaction is None:
+            late = self._loop.time() + self.config.seal_delay
+            at = min(at, late if self._saving.is_busy else self._pace.until)
         if self._timer is not None:
-            if self._timer.when() == at and not self._timer.cancelled():
+            if self._timer_at == at and not self._timer.cancelled():
                 return
             self._timer.cancel()
-        self._timer = self._loop.call_at(at, self._tick)
+        self._timer, self._timer_at = self._loop.call_at(at, self._tick), at
 
     def _tick(self) -> None:
         self._timer = None
         now = self._loop.time()
+        self._pace.waited(now - self._timer_at)
         if now >= self._sync.next_deadline():
             self._sync.tick(now)
         elif self._transaction is None:

@@ -179,8 +179,10 @@ class Container:
         if cell is None:
             if slot is None:
                 return
-            cell = self.cells[key] = {}
-        if slot is None:
+            cell = self.cells[key] = {writer: slot}
+            if slot.value is not None:
+                return
+        elif slot is None:
             cell.pop(writer, None)
             if not cell:
                 del self.cells[key]
@@ -226,17 +228,9 @@ KINDS = frozenset("mcrs@")
 """First letter of a container: map, counter, register, set, and what the document keeps itself."""
 
 
-def check_content(path: str, slot: Slot) -> None:
-    """Check that a foreign slot holds what views of its kind can read. Raises InvalidUpdate."""
-    container, key = split_path(path)
-    if slot.value is not None:
-        values.check(slot.value)
-    if container[0] != "m":
-        _check_kind(container, key, slot)
-
-
 def check_contents(container: str, keys: list[str], slots: list[Slot]) -> None:
-    """The same for many slots of one container."""
+    """Check that foreign slots of one container hold what views of its kind can read. Raises
+    InvalidUpdate."""
     values.check_all([slot.value for slot in slots if slot.value is not None])
     if container[0] != "m":
         for key, slot in zip(keys, slots, strict=True):

@@ -79,6 +79,7 @@ FLOORS = [
         "outgoing",
         "serving",
         "upkeep",
+        "pacing",
         "comparing",
         "sync",
     },
