@@ -37,6 +37,20 @@ WALL_MS_MAX = 2**47
 SYSTEM = "@"
 """The names of documents that are the system's begin so."""
 
+SYSTEM_DOCUMENTS = frozenset(
+    (
+        "@checkpoints",
+        "@control",
+        "@electorate",
+        "@forks",
+        "@mesh",
+        "@quarantine",
+        "@recovery",
+        "@votes",
+    )
+)
+"""Those that there are."""
+
 
 class DocumentSet:
     """The documents of one replica.

@@ -33,6 +33,8 @@ class CloseCode(IntEnum):
     """A message that is none, or rules that were broken again and again."""
     NOT_ADMITTED = 4401
     """The handshake failed; all failures look alike."""
+    FORBIDDEN = 4403
+    """The document is not of this kind, or this relay may not write it."""
     TIMEOUT = 4408
     """The handshake took too long."""
     DUPLICATE = 4409
@@ -40,8 +42,10 @@ class CloseCode(IntEnum):
     TOO_LARGE = 4413
     """Something compressed that would take more room than it may. (A message that is larger than
     any is 1009, of strangers above 4 KiB.)"""
+    INVALID = 4422
+    """What a browser wrote cannot be taken in; the reason says why."""
     RATE = 4429
-    """This key has come under too many names of writers lately."""
+    """This key has come under too many names of writers lately; or a browser tells too much."""
     REVOKED = 4430
     """The certificate was revoked, or has expired meanwhile."""
     BANNED = 4431
@@ -62,7 +66,8 @@ class Limits:
     """From a connection's first byte until it is known who is there. Then it is closed (4408)."""
 
     half_open: int = 64
-    """Connections of which that is not known yet. More are answered 503."""
+    """Connections of which that is not known yet, those that have not finished TLS among them. More
+    are answered 503."""
 
     half_open_per_address: int = 8
     """The same for one address."""
@@ -95,6 +100,27 @@ class Limits:
 
     bytes_burst: int = 64 * 2**20
     """and at once."""
+
+    browsers: int = 256
+    """Browsers that are connected to the documents of a relay; more are answered 503,"""
+
+    browsers_per_document: int = 128
+    """and to one document."""
+
+    browser_frames_per_second: float = 200
+    """Messages that a browser may send for long. Beyond, it is read more slowly."""
+
+    browser_frames_burst: int = 2_000
+    """Messages that it may send at once, after a while of silence."""
+
+    awareness_per_second: float = 50
+    """How often a browser may show where its cursor is, and so on, for long;"""
+
+    awareness_burst: int = 500
+    """and at once. Beyond, it is closed (4429)."""
+
+    awareness_bytes: int = 4096
+    """What it may show; more is not shown."""
 
     ban_score: float = 100
     """What an address or key has to be blamed for to be banned. What weighs how much stands in

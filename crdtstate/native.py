@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -31,16 +31,18 @@ from pycrdt import Array, Decoder, Doc, Subscription, Text, TransactionEvent, me
 from pycrdt import Map as YMap
 
 from crdtstate.errors import InvalidUpdate, UsageError
-from crdtstate.guard import encode_deletes
+from crdtstate.guard import CLOCK_MAX, encode_deletes, encode_varint, parse_deletes
 from crdtstate.native_guard import (
     ARRAY,
     CHANGE_BYTES_MAX,
     MAP,
     TEXT,
     Known,
+    Ranges,
     check_change,
     check_state,
     is_root_name,
+    try_change,
 )
 from crdtstate.slots import SEPARATOR
 
@@ -282,6 +284,27 @@ class Native:
             self._sealed.apply_update(update)
             self._doc.apply_update(update)
         return _paths(touched)
+
+    def check(self, update: bytes, writer: int) -> None:
+        """Whether the guard would let the next change of *writer* in; nothing changes. Raises
+        InvalidUpdate."""
+        try_change(update, writer, self._known)
+
+    @property
+    def clocks(self) -> Mapping[int, int]:
+        """How many characters and items each client ever wrote, open edits not included."""
+        return self._known.clocks
+
+    def deleted(self) -> Ranges:
+        """What is deleted here, open edits not included: ranges of clocks by client."""
+        update = self._sealed.get_update(self._sealed.get_state())
+        return parse_deletes(update, 1, CLOCK_MAX, CLOCK_MAX)
+
+    def since(self, clocks: Mapping[int, int]) -> bytes:
+        """What is here beyond these clocks of clients, open edits not included, as one update."""
+        known = self._known.least(clocks)
+        pairs = b"".join(encode_varint(c) + encode_varint(at) for c, at in known.items())
+        return self._sealed.get_update(encode_varint(len(known)) + pairs)
 
     def state(self) -> bytes:
         """The whole document without open edits, as one update."""

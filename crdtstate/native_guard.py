@@ -7,6 +7,12 @@ items are its own and continue its clock; what they refer to is known, stands in
 and such a type holds such items; it deletes known items; it cuts no character in half; nothing
 is empty, endless, nested too deep or of a kind we don't share. `Known` remembers what for.
 
+A browser writes under a number that it has drawn itself, and a relay brings that in (see
+`relay.rooms`). Such numbers, those of *guests*, are below 2**32; nearly no writer's is. Any
+writer's change may carry items of guests. The browser may send them to another relay again, before
+that has them from the first: so they may begin before what is known of the guest, and what is known
+is passed over.
+
 An honest word: this wall is lower than that of lanes. Of 220,000 hostile histories made from the
 grammar none crashed or hung pycrdt behind it (with a laxer one 6 in 100 did), but nobody can tell
 from outside that yrs survives each well-formed edit of a sequence, and some (1 to 3 in 100) read
@@ -29,6 +35,8 @@ from crdtstate.guard import (
     KEY_BYTES_MAX,
     STATE_BYTES_MAX,
     Range,
+    encode_deletes,
+    encode_varint,
     parse_deletes,
     parse_varint,
 )
@@ -44,6 +52,12 @@ JSON_BYTES_MAX = 1 << 20
 
 ROOT_CHARS_MAX = 200
 
+GUEST_MIN, GUEST_MAX = 2**10, 2**32 - 1
+"""What Yjs in a browser draws for a number: 32 bits; the lowest are left out."""
+
+GUESTS_MAX = 64
+"""Guests of which one change carries items."""
+
 # Kinds of content: the low bits of an item's info byte. The high ones say what it refers to.
 GC, DELETED, BINARY, STRING, EMBED, FORMAT, TYPE, ANY = 0, 1, 3, 4, 5, 6, 7, 8
 _KINDS = frozenset({DELETED, BINARY, STRING, EMBED, FORMAT, TYPE, ANY})
@@ -57,6 +71,7 @@ _HOLDERS = {BINARY: ARRAY, ANY: ARRAY, STRING: TEXT, EMBED: TEXT, FORMAT: TEXT}
 _SIZES = {127: 0, 126: 0, 124: 4, 123: 8, 122: 8, 121: 0, 120: 0}
 _INT, _WORD, _OBJECT, _LIST, _BUFFER = 125, 119, 118, 117, 116
 
+_LATER = "an item refers to one that is not there, or is later"
 _WRONG_TYPE = "an item in a type that holds no such items; is a name used for two types?"
 
 Id = tuple[int, int]
@@ -64,6 +79,10 @@ Id = tuple[int, int]
 
 Ranges = dict[int, list[Range]]
 """Client -> ranges of its clocks."""
+
+
+class NotYet(InvalidUpdate):
+    """It refers to what is not here, or not yet."""
 
 
 class Struct(NamedTuple):
@@ -117,7 +136,7 @@ class Known:
         self._roots: dict[str, tuple[int, Id | None]] = {}
         # Second halves of characters. Where an item is cut there, yrs keeps an empty one, and
         # then nobody can read its state.
-        self._halves: set[Id] = set()
+        self._halves: dict[Id, None] = {}
 
     def roots(self) -> set[str]:
         return {place.root for places in self._places.values() for place in places if place}
@@ -185,26 +204,44 @@ class Known:
             if at > before:
                 todo += waiting.pop(client, [])
         if any(done[client] < len(structs) for client, structs in sections.items()):
-            raise InvalidUpdate("an item refers to one that is not there, or is later")
+            raise NotYet(_LATER)
         for client, spans in deletes.items():
             if sum(spans[-1]) > self.clocks.get(client, 0):
-                raise InvalidUpdate("deletes what nobody has written")
-            if any({(client, span[0]), (client, sum(span))} & self._halves for span in spans):
+                raise NotYet("deletes what nobody has written")
+            halves = self._halves.keys()
+            if any({(client, span[0]), (client, sum(span))} & halves for span in spans):
                 raise InvalidUpdate("deletes half a character")
 
-    def cut(self, client: int, clock: int) -> None:
-        """Forget the items of *client* from *clock* on."""
+    def least(self, clocks: Mapping[int, int]) -> dict[int, int]:
+        """Of *clocks*, which may come from anybody, what is known, and ends within no character."""
+        found = {}
+        for client, clock in clocks.items():
+            at = min(clock, self.clocks.get(client, 0))
+            at -= (client, at) in self._halves
+            if at > 0:
+                found[client] = at
+        return found
 
-        def stays(item: Id | None) -> bool:
-            return item is None or item[0] != client or item[1] < clock
+    def cut(self, clocks: Mapping[int, int]) -> None:
+        """Forget the items of clients from these clocks on, which `extend` added last."""
 
-        starts = self._starts.get(client, [])
-        del self._places.get(client, [])[bisect_left(starts, clock) :]
-        del starts[bisect_left(starts, clock) :]
-        self.clocks[client] = clock
-        self._types = {item: made for item, made in self._types.items() if stays(item)}
-        self._roots = {root: it for root, it in self._roots.items() if stays(it[1])}
-        self._halves = set(filter(stays, self._halves))
+        def is_new(item: Id | None) -> bool:
+            return item is not None and item[1] >= clocks.get(item[0], CLOCK_MAX + 1)
+
+        for client, clock in clocks.items():
+            starts = self._starts.get(client, [])
+            del self._places.get(client, [])[bisect_left(starts, clock) :]
+            del starts[bisect_left(starts, clock) :]
+            self.clocks[client] = clock
+            if not clock:
+                for known in (self.clocks, self._starts, self._places):
+                    known.pop(client, None)
+        while self._types and is_new(next(reversed(self._types))):
+            self._types.popitem()
+        while self._roots and is_new(next(reversed(self._roots.values()))[1]):
+            self._roots.popitem()
+        while self._halves and is_new(next(reversed(self._halves))):
+            self._halves.popitem()
 
     def _missing(self, struct: Struct) -> int | None:
         for item in (struct.left, struct.right, struct.parent):
@@ -227,7 +264,8 @@ class Known:
         self.clocks[client] = clock + struct.length
         if struct.made is not None:
             self._types[client, clock] = struct.made
-        self._halves.update((client, clock + half) for half in struct.halves)
+        for half in struct.halves:
+            self._halves[client, clock + half] = None
 
     def _place(self, struct: Struct) -> Place | None:
         parent, is_deleted = struct.parent, struct.kind == DELETED
@@ -284,24 +322,113 @@ def check_change(update: bytes, writer: int, known: Known) -> set[str]:
     """Check the next change of *writer*, add it to *known* and return the roots it touches.
 
     Raises:
-        InvalidUpdate: It is not what an honest writer sends next; nothing changed.
+        InvalidUpdate: It is not what an honest writer sends next; nothing changed. `NotYet`: it
+            may be, once there is more.
     """
+    clocks, touched = _extend(update, writer, known)
+    for client, clock in clocks.items():
+        if (count := known.clocks.get(client, 0) - clock) > 0:
+            touched.setdefault(client, []).append((clock, count))
+    return known.roots_of(touched)
+
+
+def try_change(update: bytes, writer: int, known: Known) -> None:
+    """Check the next change of *writer*, as `check_change` does, and leave *known* as it is."""
+    clocks, _ = _extend(update, writer, known)
+    known.cut(clocks)
+
+
+def _extend(update: bytes, writer: int, known: Known) -> tuple[dict[int, int], Ranges]:
+    """Check and add a change; returns the clocks before it, and what it deletes."""
     if len(update) > CHANGE_BYTES_MAX:
         raise InvalidUpdate(f"a change of {len(update)} bytes; at most {CHANGE_BYTES_MAX}")
-    sections, touched = _Reader(update).update(1, CHANGE_ITEMS_MAX, CHANGE_RANGES_MAX)
-    clock = known.clocks.get(writer, 0)
-    if not sections and not touched:
+    sections, deletes = _Reader(update).update(1 + GUESTS_MAX, CHANGE_ITEMS_MAX, CHANGE_RANGES_MAX)
+    if not sections and not deletes:
         raise InvalidUpdate("a change that changes nothing")
-    if any(client != writer or structs[0].clock != clock for client, structs in sections.items()):
-        raise InvalidUpdate(f"a change of {writer:x} does not continue its clock, {clock}")
+    clocks = {client: known.clocks.get(client, 0) for client in sections}
+    for client, structs in sections.items():
+        clock = clocks[client]
+        if client == writer:
+            if structs[0].clock != clock:
+                raise InvalidUpdate(f"a change of {writer:x} does not continue its clock, {clock}")
+        elif not is_guest(client):
+            raise InvalidUpdate(f"a change of {writer:x} with items of {client:x}")
+        elif structs[0].clock > clock:
+            raise NotYet(f"items of the guest {client:x} do not continue its clock, {clock}")
+        else:
+            sections[client] = _rest(client, structs, clock)
     try:
-        known.extend(sections, touched)
+        known.extend(sections, deletes)
     except InvalidUpdate:
-        known.cut(writer, clock)
+        known.cut(clocks)
         raise
-    if sections:
-        touched.setdefault(writer, []).append((clock, known.clocks[writer] - clock))
-    return known.roots_of(touched)
+    return clocks, deletes
+
+
+def _rest(client: int, structs: list[Struct], clock: int) -> list[Struct]:
+    """The items from *clock* on; of one that begins before it the rest."""
+    found = []
+    for struct in structs:
+        known = clock - struct.clock
+        if known <= 0:
+            found.append(struct)
+        elif known < struct.length:
+            halves = [half - known for half in struct.halves if half >= known]
+            left = None if struct.kind == GC else (client, clock - 1)
+            found.append(
+                struct._replace(
+                    clock=clock,
+                    length=struct.length - known,
+                    left=left,
+                    parent=None,
+                    halves=halves,
+                )
+            )
+    return found
+
+
+def is_guest(client: int) -> bool:
+    """Whether a number is one that browsers draw."""
+    return GUEST_MIN <= client <= GUEST_MAX
+
+
+class Part(NamedTuple):
+    """What an update holds of one client: its items from *clock* to *end*, as they came.
+
+    Attributes:
+        structs: How many structs they are.
+        data: These, encoded.
+    """
+
+    clock: int
+    end: int
+    structs: int
+    data: bytes
+
+    def then(self, other: Part) -> Part:
+        """This and what follows it."""
+        assert self.end == other.clock, f"{other.clock} does not follow {self.end}"
+        return Part(self.clock, other.end, self.structs + other.structs, self.data + other.data)
+
+
+def split_update(update: bytes, clients_max: int) -> tuple[dict[int, Part], Ranges]:
+    """The items of each client in an update that may come from anybody, and what it deletes.
+
+    Raises:
+        InvalidUpdate: It is malformed, too large, or holds what is not shared.
+    """
+    if len(update) > CHANGE_BYTES_MAX:
+        raise InvalidUpdate(f"an update of {len(update)} bytes; at most {CHANGE_BYTES_MAX}")
+    return _Reader(update).parts(clients_max)
+
+
+def join_update(parts: Mapping[int, Part], deletes: Ranges) -> bytes:
+    """An update of these."""
+    body = bytearray(encode_varint(len(parts)))
+    for client, part in parts.items():
+        body += encode_varint(part.structs) + encode_varint(client) + encode_varint(part.clock)
+        body += part.data
+    return bytes(body) + encode_deletes(deletes)
 
 
 def check_state(update: bytes) -> Known:
@@ -345,6 +472,26 @@ class _Reader:
         if len(sections) < clients:
             raise InvalidUpdate("a client comes twice")  # 26 bytes of this crash yrs.
         return sections, deletes
+
+    def parts(self, clients_max: int) -> tuple[dict[int, Part], Ranges]:
+        found: dict[int, Part] = {}
+        try:
+            clients = self.number(clients_max)
+            for _ in range(clients):
+                start = self.at
+                client, structs = self.section(CHANGE_ITEMS_MAX)
+                first, end = structs[0].clock, structs[-1].clock + structs[-1].length
+                for _ in range(3):  # the count, the client and the clock
+                    _, start = parse_varint(self.data, start)
+                found[client] = Part(first, end, len(structs), self.data[start : self.at])
+            ranges = parse_deletes(self.data, self.at, CHANGE_RANGES_MAX, CHANGE_RANGES_MAX)
+        except IndexError:
+            raise InvalidUpdate("the update is cut off") from None
+        except UnicodeDecodeError:
+            raise InvalidUpdate("a string is not valid UTF-8") from None
+        if len(found) < clients:
+            raise InvalidUpdate("a client comes twice")
+        return found, ranges
 
     def section(self, items_max: int) -> tuple[int, list[Struct]]:
         count, client, clock = self.number(items_max), self.number(WRITER_MAX), self.number()

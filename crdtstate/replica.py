@@ -338,6 +338,7 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
             self._spawn(self._validate(opened), "validation")
         if self.role == "agent":
             self._spawn(self._adoption.run(), "adoption")
+        self._tell_electorate()
         self._wake()
         if self._lan is not None:
             self._spawn(self._search(self._lan), "local network")
@@ -430,6 +431,7 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
             has_peers=bool(self._peer_urls or self._listen_url or self._lan),
             is_own=self._authors.is_own,
             vouch=self._authors.vouch,
+            draw=lambda: self._authors.draw(self._rng),
         )
         self._audit.is_loading = True
         try:
@@ -452,6 +454,7 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
             emit=self._tell_standing,
             closed=self._close_lane,
             is_own=lambda writer: writer == self._writer or writer in self._sync.former,
+            takes=lambda name: takes(self._subscribe, name) and self._authors.may_take(name),
         )
         self._sync.former.update(opened.former - {self._writer})
         self._sync.examines = True
@@ -485,7 +488,9 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
             self._checkpoints,
             self.config,
             members=self.members,
-            takes=lambda name: takes(self._subscribe, name),
+            takes=lambda name: takes(self._subscribe, name) and self._authors.may_take(name),
+            may_hand=self._authors.may_hand,
+            wait_until=self._wait_until,
             emit=self._emit,
             wake=self._wake,
         )
@@ -493,7 +498,7 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
         self._saving.start(self.agent, self._writer)
         self._audit.begin()
         self._admit_foreign()
-        self._standing.open()
+        self._standing.open(self._loop.time())
 
     def _load(self, item: Saved | Entry, only: Document | None = None) -> None:
         what = "snapshot"
@@ -654,6 +659,43 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
             self._sync.add_seed(url, self._loop.time())
             self._wake()
 
+    # Guests
+
+    def draw_guest(self) -> int:
+        """A writer beside the own one, to bring in what others write who are no members."""
+        self._check_usable()
+        return self._authors.draw(self._rng)
+
+    def guest_document(self, name: str, writer: int) -> Document:
+        """An empty document of lanes that such a writer writes, for whoever feeds it: no part of
+        this replica."""
+        document = Document(
+            name,
+            writer=writer,
+            agent=self.agent,
+            clock=self._clock,
+            wall=self._wall,
+            on_write=lambda _: None,
+        )
+        document.prover, document.polls = self.prover_of(writer), self.polls
+        # What is fed to it was judged.
+        document.admits_unjudged = True
+        return document
+
+    def take_guest(self, change: Change) -> None:
+        """Bring in a change that was made under such a writer; it must be ready. It is checked as
+        if a peer had sent it, which may take a while: `Document.on_delivered` tells, or the event
+        `ChangeQuarantined`.
+
+        Raises:
+            NotAllowed: This replica may not write the document.
+        """
+        self._check_usable()
+        if not self._may_write(change.document):
+            raise NotAllowed(self.agent, "w", change.document)
+        self._sync.take_guest(change, self._loop.time())
+        self._wake()
+
     # Checkpoints and the audit
 
     async def _open_checkpoints(self) -> None:
@@ -737,6 +779,14 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
         Who does not keep up misses the oldest, beyond `Config.events_max`.
         """
         return self._observers.events(*types)
+
+    def call_handlers(self) -> None:
+        """Call the handlers of all that has happened so far, before this returns: who keeps
+        something up to date with `on` has it up to date then. Not from a handler."""
+        self._check_usable()
+        self._pump()
+        while self._observers.is_behind:
+            self._observers.dispatch()
 
     # Looking
 
@@ -858,7 +908,7 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
             while effects := self._sync.effects():
                 self._carry_out(effects)
                 self._saving.note_progress()
-                self._standing.look()
+                self._standing.look(self._loop.time())
             self._saving.flush()
             self._arm_timer()
         finally:
@@ -957,7 +1007,7 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
         self._observers.tell(event)
 
     def _arm_timer(self) -> None:
-        at = self._sync.next_deadline()
+        at = min(self._sync.next_deadline(), self._standing.next_deadline())
         if self._open and self._transaction is None:
             late = self._loop.time() + self.config.seal_delay
             at = min(at, late if self._saving.is_busy else self._pace.until)
@@ -975,6 +1025,7 @@ class Replica(Revoking, Waiting, Keeping, Resolving, Obeying, Sharing, Recoverin
             self._sync.tick(now)
         elif self._transaction is None:
             self._seal_quietly()
+        self._standing.look(now)
         self._pump()
 
     # What happens seldom

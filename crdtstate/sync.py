@@ -58,7 +58,7 @@ from crdtstate.events import (
     SnapshotReceived,
     ValidatorMissing,
 )
-from crdtstate.haves import Haves
+from crdtstate.haves import UNHEARD_MAX, Haves
 from crdtstate.leases import Leases, Loan
 from crdtstate.ledger import Ledger
 from crdtstate.link import Link, Rival, takes
@@ -86,6 +86,9 @@ STRIKES_MAX = 20
 
 RIVAL_BEATS = 3
 """Heartbeats within which a process that lives answers; see `Sync._keeps`."""
+
+DOUBT_BEATS = 3
+"""Heartbeats for which it is waited for proof that an own writer has written elsewhere."""
 
 RIVAL_DOCUMENT = "@recovery"
 """Any name: of nothing, everybody has all."""
@@ -362,7 +365,7 @@ class Sync:
         yield "uploads", uploads.served, max(SERVED_MAX, len(self._links))
         yield "downloads", self._downloads.active, DOWNLOADS_MAX
         yield "comparisons", len(self.comparing), 2 * JOBS_MAX
-        yield "offers", len(self._downloads), len(self._ledger.pages)
+        yield "offers", len(self._downloads), len(self._ledger.pages) + UNHEARD_MAX
         share = self._serving.share_bytes
         for link in self._links.values():
             yield "outbox", link.outbox.size_bytes, config.outbox_bytes + share
@@ -448,6 +451,8 @@ class Sync:
         page.log_bytes = log_bytes
         self._commit(document, version)
         page.floor = floor.copy()
+        if self.hello.writer in version:
+            self._outgoing.left.add(document)
         if (found := self.documents.find(document)) is not None:
             self._upkeep.note(found, self._now)
 
@@ -575,6 +580,14 @@ class Sync:
             if (document := self.documents.find(change.document)) is not None:
                 self._upkeep.note(document, self._now)
 
+    def take_guest(self, change: Change, now: float) -> None:
+        """Bring in what this process made for a guest, under a writer that is not this replica's
+        own: it is checked and delivered as if a peer had sent it. It must be ready."""
+        self._now = now
+        document = self._find_or_make(change.document, change.shared)
+        assert document.is_ready(change), f"{change!r} is not ready"
+        self._deliver(None, document, change)
+
     def committed(self, number: int, now: float) -> None:
         """Everything persisted up to *number* is committed."""
         self._now = now
@@ -674,6 +687,8 @@ class Sync:
             case wire.Offer():
                 self._on_offer(link, frame)
             case wire.Get():
+                if frame.document in self._ledger.pages:
+                    self._outgoing.left.add(frame.document)
                 self._serving.on_get(link, frame, self._now)
             case wire.Chunk():
                 self._on_chunk(link, frame)
@@ -763,7 +778,7 @@ class Sync:
             self._effects.append(Emit(PeerConnected(hello.agent, hello.writer, hello.role)))
         if link.is_visitor:
             return
-        self._haves.tell_all(link)
+        self._haves.tell_all(link, Lane.CONTROL)
         self.mesh.met(link, self._now)
         for presence in self.presence.all(self._now):
             self._send(link.peer, presence)
@@ -834,12 +849,16 @@ class Sync:
         name, writer, seq = key = (change.document, change.writer, change.seq)
         if not self._takes(name):
             return
-        known = link.known.setdefault(name, Version())
-        if known.get(writer, 0) == seq - 1:
-            known[writer] = seq
+        if self._haves.has_room(link, name, self._now):
+            known = link.known.setdefault(name, Version())
+            if known.get(writer, 0) == seq - 1:
+                known[writer] = seq
         at = self._version(name).get(writer, 0)
         if seq <= at or key in self._pending:
-            if seq == at:
+            if writer == self.hello.writer and self._is_unheard(name):
+                if self._is_proven(link, change):
+                    self._reidentify(f"{link.agent} has changes of this writer in {name!r}")
+            elif seq == at:
                 self._compare(change)
             return
         if writer == self.hello.writer and not self._loan.is_earlier(name, seq):
@@ -1051,6 +1070,16 @@ class Sync:
         if len(self._aside) > QUARANTINE_MAX:
             self._aside.popitem(last=False)
 
+    def _not_wanted(self) -> Mapping[tuple[str, int], Iterable[int]]:
+        """The changes that are not to be asked for: they wait here, or are quarantined."""
+        found: Mapping[tuple[str, int], Iterable[int]] = self._pending.seqs()
+        if not self._aside:
+            return found
+        every = {place: set(seqs) for place, seqs in found.items()}
+        for aside in self._aside.values():
+            every.setdefault((aside.document, aside.writer), set()).add(aside.seq)
+        return every
+
     def release(self, id: bytes, now: float) -> bool:
         """Take in a quarantined change after all, once it comes again; False if none was."""
         self._now = now
@@ -1093,7 +1122,8 @@ class Sync:
         name = frame.document
         if not self._takes(name) or not link.takes(name):
             return
-        self._ledger.page(name)
+        if not self._haves.has_room(link, name, self._now):
+            return
         acked = link.acked.setdefault(name, Version())
         link.known.setdefault(name, Version()).merge(frame.version)
         acked.merge(frame.version)
@@ -1105,11 +1135,15 @@ class Sync:
         if own > mine and not self._loan.is_earlier(name, own):
             if self.authors.have_cards:
                 # It is believed when it shows one: only this replica's own key can have made that.
+                self._doubt(link, name)
                 self._send(link.peer, wire.Want(name, ((self.hello.writer, mine + 1, own),)))
             else:
                 self._reidentify(f"{link.agent} has {own} changes of this writer in {name!r}")
                 return
-        if 0 < own <= mine and not frame.full:
+        if 0 < own <= mine and self._is_unheard(name):
+            self._doubt(link, name)
+            self._send(link.peer, wire.Want(name, ((self.hello.writer, own, own),)))
+        elif 0 < own <= mine and not frame.full:
             self.own_acked[name] = max(own, self.own_acked.get(name, 0))
         due = self._now if frame.full else self._now + self.config.want_delay
         for writer, seq in frame.version.items():
@@ -1147,10 +1181,22 @@ class Sync:
                 where = f"change {seq} of this writer in {frame.document!r}"
                 self._reidentify(f"{link.agent} has another {where}")
                 return True
+            if writer == self.hello.writer:
+                self._doubt(link, frame.document)
             if len(link.forks) < FORKS_MAX and (frame.document, writer) not in link.forks:
                 link.forks.add((frame.document, writer))
                 self._send(link.peer, wire.Want(frame.document, ((writer, seq, seq),)))
         return False
+
+    def _is_unheard(self, name: str) -> bool:
+        """Whether nobody can have changes of this writer from here, so that what somebody has is
+        another process's, which drew the same number (`authors`)."""
+        return self.authors.have_cards and name not in self._outgoing.left
+
+    def _doubt(self, link: Link, name: str) -> None:
+        """A peer says that there are other changes of this writer: send it none before that has
+        been looked at. Only once, as anybody can say so."""
+        link.doubted.setdefault(name, self._now + DOUBT_BEATS * self.config.heartbeat)
 
     def closed(self, name: str, writer: int, now: float) -> None:
         """Nothing more of a writer is taken in, in one document: it counts as delivered to the
@@ -1190,8 +1236,11 @@ class Sync:
     def _on_want(self, link: Link, frame: wire.Want) -> None:
         if not link.takes(frame.document):
             raise ProtocolError(f"asks for {frame.document!r}, which it takes no part in")
+        if link.doubts(frame.document, self._now):
+            return
         ranges = self._serving.on_want(link, frame, self._now)
         if ranges:
+            self._outgoing.left.add(frame.document)
             self._effects.append(Fetch(link.peer, frame.document, ranges))
 
     def snapshot_instead(self, peer: int, document: str, log_bytes: int, now: float) -> bool:
@@ -1232,7 +1281,8 @@ class Sync:
             raise ProtocolError(f"offers a snapshot of {frame.document!r}, and may not")
         # Who is asked for more of a snapshot that it has not any more offers its newest.
         is_next = self._downloads.is_from(frame.document, link.peer)
-        if is_next or self._wants.is_asked(frame.document, link.peer):
+        is_asked = self._wants.is_asked(frame.document, link.peer)
+        if is_next or is_asked or link.doubts(frame.document, self._now):
             self._downloads.on_offer(link.peer, frame, self._now)
 
     def _on_chunk(self, link: Link, frame: wire.Chunk) -> None:
@@ -1281,21 +1331,32 @@ class Sync:
         self._upkeep.note(document, self._now)
         self._retry_pending(document)
 
+    def is_examining(self, name: str) -> bool:
+        """Whether something of a document waits for a verdict."""
+        return self._verdicts.waits(name)
+
     def take_in(
-        self, snapshot: Snapshot, changes: Iterable[Change], agent: str, now: float
+        self, snapshot: Snapshot | None, changes: Iterable[Change], agent: str, now: float
     ) -> None:
         """Take in what a checkpoint of *agent* has of a document, by the rules for what comes from
-        peers: a snapshot, and the changes after it in causal order.
+        peers: a snapshot, if there is one, and the changes after it in causal order. In native
+        documents it waits for verdicts: see `is_examining`.
 
         Raises:
-            InvalidUpdate: It breaks the rules; what came before that is taken in.
+            InvalidUpdate: It breaks the rules, or does not follow what is here; what came before
+                that is taken in.
         """
         self._now = now
-        name, mine = snapshot.document, self.hello.writer
-        if not snapshot.version <= self._version(name):
+        mine = self.hello.writer
+        if snapshot is not None and not snapshot.version <= self._version(snapshot.document):
             self._take_snapshot(snapshot, agent, len(snapshot.state))
         for change in changes:
-            document = self.documents.find(name)
+            name = change.document
+            if snapshot is None:
+                self._prove(change, is_due=True)
+                document: Document | None = self._find_or_make(name, change.shared)
+            else:
+                document = self.documents.find(name)
             if self._is_reidentifying or document is None or document.is_broken:
                 return
             if document.version.covers(change.dot):
@@ -1475,6 +1536,7 @@ class Sync:
         self._is_reidentifying = False
         self.own_acked.clear()
         self._outgoing.clear()
+        self._outgoing.left.clear()
         self._effects = [e for e in self._effects if not isinstance(e, (Persist, SaveSnapshot))]
         self._ledger.reset()
         self._quorum.reset()
@@ -1495,7 +1557,7 @@ class Sync:
             self._outgoing.spread(self.mesh, now)
             self._haves.flush()
         if self._wants.ask_at is not None and self._wants.ask_at <= now:
-            self._wants.ask(self.peers, self._pending.seqs(), now)
+            self._wants.ask(self.peers, self._not_wanted(), now)
         if self._downloads.check_at is not None and self._downloads.check_at <= now:
             self._downloads.check(now)
         if self._upkeep.tidy_at is not None and self._upkeep.tidy_at <= now:
@@ -1549,6 +1611,11 @@ class Sync:
         self._upkeep.adopt(found, self._now)
 
     # Output
+
+    @property
+    def is_stirred(self) -> bool:
+        """Whether there is something to be done since `effects` were taken."""
+        return bool(self._effects or self._unsent)
 
     def effects(self) -> list[Effect]:
         """Take what is to be done, in order."""

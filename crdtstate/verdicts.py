@@ -70,6 +70,10 @@ class Verdicts:
         """How many snapshots wait."""
         return sum(isinstance(asked.item, Snapshot) for asked in self._asked.values())
 
+    def waits(self, document: str) -> bool:
+        """Whether anything of a document waits."""
+        return self._counts[document] > 0
+
     def is_ready(self, document: Document, change: Change) -> bool:
         """Whether everything *change* builds on is delivered or asked about, and some of it the
         latter."""

@@ -67,6 +67,10 @@ LAG_MAX = 0.25
 GROWTH_MAX = 2 * 2**20
 """What strangers may make a process take."""
 
+READ_MAX = 2 * GROWTH_MAX
+"""The same where they send the smallest frames: asyncio reads 256 KiB at once, and websockets makes
+objects of all that is in it before anybody can look. Kept, they would be thirty megabytes."""
+
 UPGRADE = (
     "Upgrade: websocket",
     "Connection: Upgrade",
@@ -373,7 +377,8 @@ async def test_a11_compression_is_not_spoken():
 
 @asynchronous
 async def test_a12_a_million_empty_fragments_are_not_collected():
-    async with attacked(Limits(spare_loopback=False, handshake_timeout=1)) as victim:
+    strict = Limits(spare_loopback=False, handshake_timeout=1)
+    async with attacked(strict, growth_max=READ_MAX) as victim:
         raw = await Raw.upgraded(victim)
         raw.frame(Opcode.BINARY, b"", fin=False)
         fragments = Frame(Opcode.CONT, b"", fin=False).serialize(mask=True) * 10_000
@@ -387,7 +392,8 @@ async def test_a12_a_million_empty_fragments_are_not_collected():
 
 @asynchronous
 async def test_a13_a_hundred_thousand_pings_hold_nobody_up():
-    async with attacked(Limits(spare_loopback=False, handshake_timeout=10)) as victim:
+    strict = Limits(spare_loopback=False, handshake_timeout=10)
+    async with attacked(strict, growth_max=READ_MAX) as victim:
         raw = await Raw.upgraded(victim)
         pings = Frame(Opcode.PING, b"").serialize(mask=True) * 1000
 
@@ -1051,6 +1057,73 @@ async def test_the_host_and_origin_are_checked_on_a_socket_in_a_file_as_well(fol
 
 
 # Over TLS
+
+
+@asynchronous
+async def test_those_who_never_finish_tls_are_strangers_like_all(certificates, monkeypatch):
+    (mine, shown), _ = certificates
+    limits = Limits(spare_loopback=False, half_open=3, half_open_per_address=2)
+    config = Config(limits=limits)
+    monkeypatch.setattr(websocket, "TURNED_AWAY_MAX", 1)
+    async with Replica(
+        "ann", listen="wss://127.0.0.1:0", tls=shown, mesh=WORDS, config=config
+    ) as ann:
+        port = int(str(ann.address).rpartition(":")[2])
+        half_open, listener = ann._door._half_open, ann._listener
+        assert isinstance(listener, websocket.WebSocketListener)
+
+        async def silent(host: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+            return await asyncio.open_connection("127.0.0.1", port, local_addr=(host, 0))
+
+        held = [await silent("127.0.0.1") for _ in range(2)]
+        await until(lambda: half_open["127.0.0.1"] == 2)
+        # The third waits to be told so; the fourth is told nothing.
+        held += [await silent("127.0.0.1") for _ in range(2)]
+        await until(lambda: ann.traffic.refused["half-open"] == 2)
+        assert await asyncio.wait_for(held[-1][0].read(1), 20) == b""
+        assert half_open["127.0.0.1"] == 2 and len(listener._securing) == 3
+        held.append(await silent("127.0.0.2"))
+        await until(lambda: half_open.total() == 3)
+
+        url = f"{ann.address}#{fingerprint(str(mine))}"
+        with pytest.raises(TransportError):
+            await reach(url, door(WORDS), None)
+        for _, writer in held:
+            writer.close()
+        await until(lambda: not half_open and not listener._securing)
+        connection, _ = await reach(url, door(WORDS), None)
+        await connection.close()
+
+
+@asynchronous
+async def test_who_takes_too_long_over_tls_is_hung_up_on(certificates, monkeypatch):
+    _, shown = certificates[0]
+    monkeypatch.setattr(websocket, "OPEN_TIMEOUT", 0.05)
+    async with Replica("ann", listen="wss://127.0.0.1:0", tls=shown, mesh=WORDS) as ann:
+        port = int(str(ann.address).rpartition(":")[2])
+        for said in (b"", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(said)
+            with suppress(ConnectionError):
+                while await asyncio.wait_for(reader.read(100), 20):
+                    # What is wrong, by TLS.
+                    pass
+            writer.close()
+        assert isinstance(ann._listener, websocket.WebSocketListener)
+        await until(lambda: not ann._listener._securing)
+
+
+@asynchronous
+async def test_a_listener_that_closes_waits_for_nobody_s_tls(certificates):
+    _, shown = certificates[0]
+    async with Replica("ann", listen="wss://127.0.0.1:0", tls=shown, mesh=WORDS) as ann:
+        port = int(str(ann.address).rpartition(":")[2])
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        assert isinstance(ann._listener, websocket.WebSocketListener)
+        await until(lambda: ann._listener._securing)
+    with suppress(ConnectionError):
+        assert await asyncio.wait_for(reader.read(1), 20) == b""
+    writer.close()
 
 
 @pytest.fixture(scope="module")

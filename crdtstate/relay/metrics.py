@@ -81,7 +81,7 @@ class Metrics:
         self._holdings = holdings
         self._chronicle = chronicle
 
-    def families(self, *, is_ready: bool, viewers: int) -> Iterator[Family]:
+    def families(self, *, is_ready: bool, viewers: int, browsers: int = 0) -> Iterator[Family]:
         """All metrics as they are now."""
         glance = self._replica.glance()
         yield from _of_the_process()
@@ -116,6 +116,7 @@ class Metrics:
             [({"event": kind}, count) for kind, count in self._chronicle.counts.items()],
         )
         yield _gauge("viewers", "Open status pages.", viewers)
+        yield _gauge("browsers", "Browsers that are connected to documents.", browsers)
 
     def _of_the_mesh(self) -> Iterator[Family]:
         members, peers = self._replica.members(), self._replica.peers()

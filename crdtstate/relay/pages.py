@@ -21,12 +21,16 @@ import msgpack
 from crdtstate import __version__
 from crdtstate.document import Document
 from crdtstate.glance import Glance
-from crdtstate.relay import metrics
+from crdtstate.relay import desks, metrics, rooms
+from crdtstate.relay.browsers import Browsers, Service
 from crdtstate.relay.chronicle import Chronicle
+from crdtstate.relay.desks import Desks
+from crdtstate.relay.guests import Guests
 from crdtstate.relay.holdings import CONFLICTS_SHOWN, Holdings
 from crdtstate.relay.live import VIEWERS_MAX, Live
+from crdtstate.relay.rooms import Rooms
 from crdtstate.replica import Replica
-from crdtstate.transports import HttpAnswer, HttpRequest, HttpStream
+from crdtstate.transports import HttpAnswer, HttpRequest, HttpSocket, HttpStream
 
 UNAVAILABLE = 503
 
@@ -66,9 +70,13 @@ POLICY = (
     ("Cross-Origin-Resource-Policy", "same-origin"),
 )
 
+YJS, LANES = "/yjs/", "/lanes/"
+"""Behind them stands a document's name."""
+
 ASSETS = {
     "/": ("page.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
+    "/crdtstate.js": ("crdtstate.js", "text/javascript; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
@@ -81,9 +89,12 @@ class Site:
     Args:
         replica: The relay's replica; it may be opened later.
         may: Whether a token opens the pages.
+        origins: Whose pages may write documents, beside its own.
     """
 
-    def __init__(self, replica: Replica, may: Callable[[str], bool]) -> None:
+    def __init__(
+        self, replica: Replica, may: Callable[[str], bool], origins: tuple[str, ...] = ()
+    ) -> None:
         self.replica = replica
         self._may = may
         # It was told to stop, and is seeing to it.
@@ -92,8 +103,23 @@ class Site:
         self.chronicle = Chronicle(replica)
         self.metrics = metrics.Metrics(replica, self.holdings, self.chronicle)
         self.live = Live(self._sections)
+        self._browsers = Browsers(replica, may, origins)
+        guests = Guests(replica)
+        self._rooms = Rooms(replica, guests)
+        self._desks = Desks(replica, guests)
 
-    def answer(self, request: HttpRequest) -> HttpAnswer | HttpStream | None:
+    def end(self) -> None:
+        """Send the browsers away: they come again when the relay is back."""
+        self._browsers.is_closing = True
+        self._rooms.end()
+        self._desks.end()
+
+    def close(self) -> None:
+        """The relay ends."""
+        self._rooms.close()
+        self._desks.close()
+
+    def answer(self, request: HttpRequest) -> HttpAnswer | HttpStream | HttpSocket | None:
         """Answer a GET; None if there is no such page."""
         match request.path:
             case "/healthz":
@@ -111,6 +137,12 @@ class Site:
                 if self.live.viewers >= VIEWERS_MAX:
                     return HttpAnswer(b"Too many are watching.\n", status=UNAVAILABLE)
                 return HttpStream(self.live.texts, self._may)
+            case path if path.startswith(YJS):
+                service = Service(self._rooms.serve, rooms.MESSAGE_BYTES_MAX)
+                return self._browsers.answer(request, YJS, service)
+            case path if path.startswith(LANES):
+                service = Service(self._desks.serve, desks.MESSAGE_BYTES_MAX)
+                return self._browsers.answer(request, LANES, service)
             case path if path in ASSETS:
                 name, content_type = ASSETS[path]
                 body = files(__package__).joinpath("page", name).read_bytes()
@@ -144,7 +176,9 @@ class Site:
 
     def _exposition(self) -> bytes:
         is_ready = self.health()["ready"]
-        return metrics.encode(self.metrics.families(is_ready=is_ready, viewers=self.live.viewers))
+        viewers, browsers = self.live.viewers, self._browsers.counts.total()
+        found = self.metrics.families(is_ready=is_ready, viewers=viewers, browsers=browsers)
+        return metrics.encode(found)
 
     # The page
 

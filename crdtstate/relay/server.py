@@ -24,7 +24,7 @@ from crdtstate.relay.pages import Site
 from crdtstate.relay.settings import Settings
 from crdtstate.relay.tokens import Tokens
 from crdtstate.replica import Replica
-from crdtstate.transports import HttpAnswer, HttpRequest, HttpStream
+from crdtstate.transports import HttpAnswer, HttpRequest, HttpSocket, HttpStream
 
 
 def import_modules(names: Iterable[str]) -> None:
@@ -56,7 +56,7 @@ async def serve(settings: Settings, announce: Callable[[str, str], object]) -> N
         UsageError: A setting cannot be.
     """
 
-    def http(request: HttpRequest) -> HttpAnswer | HttpStream | None:
+    def http(request: HttpRequest) -> HttpAnswer | HttpStream | HttpSocket | None:
         return site.answer(request)
 
     import_modules(settings.modules)
@@ -78,7 +78,7 @@ async def serve(settings: Settings, announce: Callable[[str, str], object]) -> N
         http=http,
         tls=settings.tls_context(),
     )
-    site = Site(replica, tokens.may)
+    site = Site(replica, tokens.may, settings.origins)
     stop = asyncio.Event()
     if settings.attached:
         loop = asyncio.get_running_loop()
@@ -91,7 +91,9 @@ async def serve(settings: Settings, announce: Callable[[str, str], object]) -> N
         await _run_until(stop, replica)
         site.is_draining = True
         notify.tell("STOPPING=1", "STATUS=draining")
+        site.end()
         await _drain(replica, settings.drain)
+        site.close()
 
 
 def _token_file(settings: Settings, mesh: Credentials) -> Path | None:

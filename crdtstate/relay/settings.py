@@ -14,6 +14,7 @@ default. What is wrong is said in one line with the file or variable, the key, a
 from __future__ import annotations
 
 import json
+import re
 import ssl
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -35,8 +36,11 @@ TABLES: dict[str, type] = {"config": Config, "limits": Limits}
 """The tables of a file, and what their keys are fields of."""
 DRAIN_MAX = 600.0
 
-ONE_OF = {"peers": "peer", "modules": "module"}
+ONE_OF = {"peers": "peer", "modules": "module", "origins": "origin"}
 """Keys of which a flag gives one at a time."""
+
+ORIGIN = re.compile(r"https?://[a-z0-9.\-]+(:\d{1,5})?|https?://\[[0-9a-f:.]+\](:\d{1,5})?")
+"""As browsers write it."""
 
 Durability = Literal["process", "power"]
 
@@ -55,6 +59,8 @@ class Settings:
         store: The SQLite file that keeps everything; None: memory only.
         peers: URLs of other relays.
         checkpoints: The tiers that keep checkpoints, nearest first; none: none are made.
+        origins: Whose pages may write documents from a browser, such as ``https://app.example``,
+            beside the relay's own.
         modules: Python modules to import, which register the validators that documents use.
         durability: What a commit survives: a kill, or a power cut as well.
         name: What peers see.
@@ -74,6 +80,7 @@ class Settings:
     store: str | None = None
     peers: tuple[str, ...] = ()
     checkpoints: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     durability: Durability = "process"
     name: str = "relay"
@@ -311,6 +318,12 @@ def _check_checkpoints(found: _Given) -> None:
         raise UsageError(f"{found.label}: {exc}") from exc
 
 
+def _check_origins(found: _Given) -> None:
+    for origin in found.value:
+        if not ORIGIN.fullmatch(origin):
+            raise _refused(found._replace(value=origin), "an origin, such as https://app.example")
+
+
 def _check_modules(found: _Given) -> None:
     for name in found.value:
         if not all(part.isidentifier() for part in name.split(".")):
@@ -338,6 +351,7 @@ CHECKS: dict[str, Callable[[_Given], None]] = {
     "peers": _check_peers,
     "checkpoints": _check_checkpoints,
     "modules": _check_modules,
+    "origins": _check_origins,
     "name": _check_name,
     "drain": _check_drain,
     "store": _check_path,

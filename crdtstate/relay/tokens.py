@@ -8,8 +8,9 @@ whoever knows that can read everything anyway, and `crdtstate status` needs no o
 members each relay has a random one, in a file that only its owner may read, since not every member
 may read all documents.
 
-A token is presented as ``Authorization: Bearer``, or as the first message of a websocket. In a URL
-it only ever stands behind a ``#``: browsers send that to nobody.
+A token is presented as ``Authorization: Bearer``, or by a page as the first message of a websocket,
+or as its subprotocol (`browsers`). In a URL it only ever stands behind a ``#``: browsers send that
+to nobody. There is one kind of token: it lets a browser write whatever the relay may write.
 """
 
 from __future__ import annotations

@@ -133,10 +133,12 @@ class HttpRequest:
     Attributes:
         path: What is asked for, without a query.
         token: What it presented as ``Authorization: Bearer``; empty if nothing.
+        protocols: The subprotocols that it offers for a websocket.
     """
 
     path: str
     token: str = ""
+    protocols: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,10 +168,45 @@ class HttpStream:
     may: Callable[[str], bool] | None = None
 
 
+class Socket(Protocol):
+    """A websocket of a web page: texts and bytes, both ways."""
+
+    async def receive(self) -> str | bytes:
+        """Wait for the next message. Raises TransportError when it has ended."""
+        raise NotImplementedError
+
+    async def send(self, data: str | bytes) -> None:
+        """Send a message; wait while the page doesn't keep up. Raises TransportError."""
+
+    async def close(self, code: int, reason: str) -> None:
+        """Say goodbye and hang up, within a second or so. Idempotent."""
+
+    def abort(self) -> None:
+        """Hang up at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpSocket:
+    """What a web page gets that opens a websocket to a path, to listen and to talk. Only pages that
+    came from the same port may, those from *origins*, and programs that are no browsers.
+
+    Attributes:
+        serve: Serves it; when that returns it is closed.
+        size_max: How large a message may be, in bytes. One that is larger ends it (1009).
+        protocol: The subprotocol to agree on; empty for none.
+        origins: Whose pages may too, as ``https://app.example``.
+    """
+
+    serve: Callable[[Socket], Awaitable[None]]
+    size_max: int
+    protocol: str = ""
+    origins: tuple[str, ...] = ()
+
+
 Accept = Callable[[Connection], Awaitable[None]]
 """Serves one accepted connection, which is closed when it returns."""
 
-Http = Callable[[HttpRequest], HttpAnswer | HttpStream | None]
+Http = Callable[[HttpRequest], HttpAnswer | HttpStream | HttpSocket | None]
 """Answers a GET; None means there is nothing there. Tokens are for it to check."""
 
 

@@ -29,7 +29,7 @@ from contextlib import aclosing, suppress
 from functools import partial
 from http import HTTPStatus
 from ipaddress import ip_address
-from typing import Any
+from typing import Any, cast
 from urllib.parse import SplitResult, urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect
@@ -41,6 +41,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketExce
 from websockets.frames import CloseCode, Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.protocol import State
+from websockets.typing import Subprotocol
 
 from crdtstate.errors import ProtocolError, TransportError, UsageError
 from crdtstate.limits import CloseCode as LimitCode
@@ -52,6 +53,7 @@ from crdtstate.transports import (
     Http,
     HttpAnswer,
     HttpRequest,
+    HttpSocket,
     HttpStream,
     Origin,
     serve,
@@ -79,6 +81,11 @@ STRANGER_UNREAD_MAX = 256 * 1024
 
 TOKEN_CHARS_MAX = 256
 
+PROTOCOLS_MAX = 8
+"""Subprotocols of a request that are looked at."""
+
+SECRET_HEADERS = frozenset({"authorization", "cookie", "sec-websocket-protocol"})
+
 CLOSE_TIMEOUT = 1.0
 """How long the other side may take to say goodbye as well."""
 
@@ -87,6 +94,10 @@ ARRIVAL_TURNS = 5
 
 STREAM_TIMEOUT = 10.0
 """How long a page may take to make room for the next text before it is hung up on."""
+
+PING_EVERY = 15.0
+PING_TIMEOUT = 15.0
+"""How often a page is asked whether it is still there, and for how long it may say nothing."""
 
 REASON_BYTES_MAX = 123
 """What a websocket close frame holds."""
@@ -114,7 +125,7 @@ class _Demoted(logging.LoggerAdapter[logging.Logger]):
 
 
 def _without_tokens(args: tuple[object, ...]) -> tuple[object, ...]:
-    if len(args) == 2 and str(args[0]).lower() in ("authorization", "cookie"):
+    if len(args) == 2 and str(args[0]).lower() in SECRET_HEADERS:
         return args[0], "..."
     return tuple(
         f"TEXT [{len(each.data)} bytes]"
@@ -175,11 +186,30 @@ class Pin:
         return made
 
 
+FRAGMENTS_MAX = 1024
+"""Fragments of one message: nobody of us sends more than one."""
+
+_DATA = frozenset({Opcode.CONT, Opcode.TEXT, Opcode.BINARY})
+
+
 class _Frugal(AnyConnection):
-    """A connection on which nobody makes much be sent: each ping is answered, also if there are
-    thousands in what was read at once, and if nobody reads the answers."""
+    """A connection on which nobody makes much be sent or kept: each ping is answered, also if there
+    are thousands in what was read at once, and if nobody reads the answers; a message may come in
+    any number of fragments, and empty ones count for nothing but in a list."""
 
     unread_max = 2 * MESSAGE_BYTES_MAX
+    # Of the message that is not whole yet.
+    fragments = 0
+
+    def process_event(self, event: Any) -> None:
+        # websockets has a limit of its own from 17 on.
+        if isinstance(event, Frame) and event.opcode in _DATA:
+            self.fragments = 0 if event.fin else self.fragments + 1
+            if self.fragments > FRAGMENTS_MAX:
+                self.protocol.fail(CloseCode.MESSAGE_TOO_BIG, "too many fragments")
+                self.transport.abort()
+                return
+        super().process_event(event)
 
     def send_data(self) -> None:
         writes = self.protocol.writes
@@ -210,16 +240,51 @@ class _Accepted(_Frugal, ServerConnection):
 
     listener: WebSocketListener
     origin: Origin
-    stream: HttpStream | None = None  # what it gets, if it is no part of the mesh
+    # What it gets, if it is no part of the mesh.
+    stream: HttpStream | None = None
+    socket: HttpSocket | None = None
     refused: HttpAnswer | None = None  # what it is told, if it may not come in
     is_counted = False  # as half-open, at the gate
+    is_made = False  # TLS is done, where there is any
+    is_lost = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
+        transport = cast(asyncio.Transport, transport)
+        # What comes with the end of the TLS handshake.
+        self._early: list[bytes] = []
+        if self.listener.tls is None:
+            self.made(transport)
+            self.listener.arrived(self)
+            return
+        # It counts from now on: else those who never finish TLS would be as many as they like.
+        self.transport = transport
         self.listener.arrived(self)
+        if not transport.is_closing():
+            transport.pause_reading()
+            self.listener.secure(self, transport)
+
+    def made(self, transport: asyncio.Transport) -> None:
+        """Begin."""
+        self.is_made = True
+        super().connection_made(transport)
+        for data in self._early:
+            super().data_received(data)
+        self._early.clear()
+
+    def data_received(self, data: bytes) -> None:
+        if self.is_made:
+            super().data_received(data)
+        else:
+            self._early.append(data)
+
+    def eof_received(self) -> None:
+        if self.is_made:
+            super().eof_received()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
+        self.is_lost = True
+        if self.is_made:
+            super().connection_lost(exc)
         self.transport = _Gone()
         self.listener.left(self)
 
@@ -307,7 +372,9 @@ class WebSocketListener:
         self._greeting_max = greeting_max
         self._may = may
         self._server: Server
-        self._tls: ssl.SSLContext | None = None
+        self.tls: ssl.SSLContext | None = None
+        # Those with whom TLS is being agreed on.
+        self._securing: dict[asyncio.Task[None], asyncio.Transport] = {}
         # The hash of the own certificate, and when it was looked at.
         self._channel = b""
         self._channel_at = float("-inf")
@@ -320,12 +387,9 @@ class WebSocketListener:
         """Bind and listen; raises OSError."""
         # "localhost" would be two sockets, and with port 0 two ports.
         host = "127.0.0.1" if url.hostname == "localhost" else url.hostname
-        self._tls = tls
-        if tls is not None:
-            self._own_channel()
-            await self.listen(host, url.port or 0, ssl=tls, ssl_handshake_timeout=OPEN_TIMEOUT)
-        else:
-            await self.listen(host, url.port or 0)
+        self.tls = tls
+        self._own_channel()
+        await self.listen(host, url.port or 0)
         bound = [listening.getsockname() for listening in self._server.sockets]
         self._only_loopback = all(ip_address(name[0]).is_loopback for name in bound)
         self.address = _url(url.scheme, host, bound[0][1])
@@ -334,6 +398,7 @@ class WebSocketListener:
         """Listen where asyncio is told to; raises OSError."""
         settings = {
             "process_request": self._process_request,
+            "select_subprotocol": _select_protocol,
             "open_timeout": OPEN_TIMEOUT,
             "server_header": None,
             "create_connection": self._make,
@@ -370,6 +435,37 @@ class WebSocketListener:
                 if len(self._turned_away) > TURNED_AWAY_MAX:
                     websocket.transport.abort()
 
+    def secure(self, websocket: _Accepted, transport: asyncio.Transport) -> None:
+        """Agree on TLS with somebody who arrived, and go on from there."""
+        task = asyncio.get_running_loop().create_task(self._secure(websocket, transport))
+        self._securing[task] = transport
+        task.add_done_callback(self._securing.pop)
+
+    async def _secure(self, websocket: _Accepted, transport: asyncio.Transport) -> None:
+        assert self.tls is not None
+        if websocket.is_lost:
+            return
+        try:
+            secured = await asyncio.get_running_loop().start_tls(
+                transport,
+                websocket,
+                self.tls,
+                server_side=True,
+                ssl_handshake_timeout=OPEN_TIMEOUT,
+                ssl_shutdown_timeout=CLOSE_TIMEOUT,
+            )
+        except OSError as exc:
+            # It hung up, took too long, or does not like the certificate.
+            LOG.debug("no TLS: %s", exc)
+            transport.abort()
+            self.left(websocket)
+            return
+        if secured is None or websocket.is_lost or self._is_closing:
+            transport.abort()
+            self.left(websocket)
+        else:
+            websocket.made(secured)
+
     def left(self, websocket: _Accepted) -> None:
         """Who arrived is gone, or no stranger any more."""
         self._turned_away.discard(websocket)
@@ -380,11 +476,11 @@ class WebSocketListener:
             self._gate.leave(websocket.origin.host)
 
     def _own_channel(self) -> bytes:
-        if self._tls is None:
+        if self.tls is None:
             return b""
         now = asyncio.get_running_loop().time()
         if now - self._channel_at > CHANNEL_FOR:
-            self._channel, self._channel_at = shown_by(self._tls), now
+            self._channel, self._channel_at = shown_by(self.tls), now
         return self._channel
 
     async def close(self) -> None:
@@ -392,8 +488,11 @@ class WebSocketListener:
         try:
             await self._stop_accepting()
         finally:
+            for transport in self._securing.values():
+                transport.abort()
             self._server.close(close_connections=False)
         await asyncio.gather(*(each.close("the listener closed") for each in self._accepted))
+        await asyncio.gather(*self._securing, return_exceptions=True)
         await self._server.wait_closed()
 
     async def _stop_accepting(self) -> None:
@@ -411,8 +510,11 @@ class WebSocketListener:
             return
         assert isinstance(websocket, _Accepted)
         connection = WebSocketConnection(websocket, self._remote(websocket), websocket.origin)
-        stream = websocket.stream
-        accept = self._accept if stream is None else partial(_show, stream, websocket)
+        accept = self._accept
+        if websocket.stream is not None:
+            accept = partial(_show, websocket.stream, websocket)
+        elif websocket.socket is not None:
+            accept = partial(_talk, websocket.socket, websocket)
         self._accepted.add(connection)
         try:
             await serve(accept, connection)
@@ -436,21 +538,31 @@ class WebSocketListener:
             return _response(MISDIRECTED)
         if len(request.headers.get_all("Origin")) > 1:
             return _response(UNCLEAR)
-        if _is_cross_site(request.headers):
-            return _response(FOREIGN)
         path = request.path.partition("?")[0]
         is_upgrade = "Upgrade" in request.headers
+        is_foreign = _is_cross_site(request.headers)
+        if is_foreign and not is_upgrade:
+            return _response(FOREIGN)
         if is_upgrade and path in ("/", MESH_PATH):
             # Programs say neither; a web page has no business here.
             is_browser = "Origin" in request.headers or "Sec-Fetch-Site" in request.headers
             return _response(FOREIGN) if is_browser else None
-        match self._http(HttpRequest(path, _bearer(request.headers))) if self._http else None:
+        asked = HttpRequest(path, _bearer(request.headers), _protocols(request.headers))
+        match self._http(asked) if self._http else None:
+            case HttpSocket() as socket if is_upgrade:
+                is_named = request.headers.get("Origin") in socket.origins
+                if not is_named and (is_foreign or not _is_same_origin(request.headers)):
+                    return _response(FOREIGN)
+                websocket.socket = socket
+                return None
+            case _ if is_foreign:
+                return _response(FOREIGN)
             case HttpStream() as stream if is_upgrade:
                 if not _is_same_origin(request.headers):
                     return _response(FOREIGN)
                 websocket.stream = stream
                 return None
-            case HttpStream():
+            case HttpStream() | HttpSocket():
                 return _response(
                     HttpAnswer(b"Open a websocket.\n", status=HTTPStatus.UPGRADE_REQUIRED)
                 )
@@ -473,6 +585,18 @@ def _bearer(headers: Headers) -> str:
     found = headers.get_all("Authorization")
     scheme, _, token = found[0].partition(" ") if len(found) == 1 else ("", "", "")
     return token.strip() if scheme.lower() == "bearer" and len(token) <= TOKEN_CHARS_MAX else ""
+
+
+def _protocols(headers: Headers) -> tuple[str, ...]:
+    """The subprotocols that are offered for a websocket."""
+    found = ",".join(headers.get_all("Sec-WebSocket-Protocol")).split(",")
+    return tuple(each.strip()[:TOKEN_CHARS_MAX] for each in found if each.strip())[:PROTOCOLS_MAX]
+
+
+def _select_protocol(websocket: ServerConnection, _: object) -> Subprotocol | None:
+    """The subprotocol to agree on."""
+    socket = websocket.socket if isinstance(websocket, _Accepted) else None
+    return Subprotocol(socket.protocol) if socket is not None and socket.protocol else None
 
 
 def _is_cross_site(headers: Headers) -> bool:
@@ -514,6 +638,63 @@ async def _show(stream: HttpStream, websocket: ServerConnection, _: Connection) 
     finally:
         feeding.cancel()
         await asyncio.wait([feeding])
+
+
+class _Socket:
+    """A websocket of a web page; see `crdtstate.transports.Socket`."""
+
+    def __init__(self, websocket: ServerConnection, connection: Connection) -> None:
+        self._websocket = websocket
+        self._connection = connection
+
+    async def receive(self) -> str | bytes:
+        try:
+            return await self._websocket.recv()
+        except ConnectionClosed as exc:
+            raise TransportError(f"{self._connection.remote}: {_why_closed(exc)}") from exc
+
+    async def send(self, data: str | bytes) -> None:
+        try:
+            async with asyncio.timeout(STREAM_TIMEOUT):
+                await self._websocket.send(data)
+        except ConnectionClosed as exc:
+            raise TransportError(f"{self._connection.remote}: {_why_closed(exc)}") from exc
+        except TimeoutError as exc:
+            self.abort()
+            raise TransportError(f"{self._connection.remote}: does not read") from exc
+
+    async def close(self, code: int, reason: str) -> None:
+        await self._connection.close(reason, code)
+
+    def abort(self) -> None:
+        self._connection.abort()
+
+
+async def _talk(socket: HttpSocket, websocket: ServerConnection, connection: Connection) -> None:
+    """Let *socket* serve a page."""
+    set_size_max(websocket, socket.size_max)
+    if isinstance(websocket, _Accepted):
+        websocket.listener.left(websocket)
+    listening = asyncio.create_task(_look_after(websocket))
+    try:
+        await socket.serve(_Socket(websocket, connection))
+    finally:
+        listening.cancel()
+        await asyncio.wait([listening])
+
+
+async def _look_after(websocket: ServerConnection) -> None:
+    """Hang up on a page that is there no more, which its system did not say."""
+    try:
+        while True:
+            await asyncio.sleep(PING_EVERY)
+            answered = await websocket.ping()
+            async with asyncio.timeout(PING_TIMEOUT):
+                await answered
+    except ConnectionClosed:
+        pass
+    except TimeoutError:
+        websocket.transport.abort()
 
 
 async def _presents(may: Callable[[str], bool], websocket: ServerConnection) -> bool:
