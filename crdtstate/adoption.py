@@ -10,13 +10,19 @@ says so in "@recovery" (`casebook`), which ends it for all.
 Everybody waits for that, each by itself: who the adopter is follows from who is up (`rendezvous`).
 If it dies meanwhile, somebody else finds out that it is next. Doing it twice changes nothing. The
 agent itself, when it is back, goes on as ever: its dots are as it made them.
+
+**What one cannot bring, another one can.** An adopter takes in nothing that it could not hand on:
+documents that it takes no part in, and in a mesh with certificates snapshots that it may not hand
+out, or that the dead agent might not. Of those it takes the changes that came after the snapshot,
+as each proves itself. If a document still lacks something then, the adopter says so (it *passes*)
+and the next one looks, until all is brought or nobody is left; what is missing then is named.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -28,8 +34,15 @@ from crdtstate.checkpoints import Checkpoint, Checkpoints
 from crdtstate.clock import Cut, Version
 from crdtstate.config import Config
 from crdtstate.documents import DocumentSet
-from crdtstate.errors import CRDTStateError, InvalidUpdate
-from crdtstate.events import AgentRecovered, Event, MemberDown, MemberRetired, MemberUp
+from crdtstate.errors import CRDTStateError, InvalidUpdate, WaitTimeout
+from crdtstate.events import (
+    AdoptionPassed,
+    AgentRecovered,
+    Event,
+    MemberDown,
+    MemberRetired,
+    MemberUp,
+)
 from crdtstate.ladder import has_disowned, is_ahead, is_fork
 from crdtstate.manifest import LoadedDocument
 from crdtstate.membership import Member, rendezvous
@@ -40,6 +53,9 @@ log = logging.getLogger("crdtstate")
 TURNS_MAX = 10
 """How often it is looked whether an agent is still to be adopted, and tiers that fail are tried
 again; each time after a pause that doubles. With 5 s at first that is a day and a half."""
+
+EXAMINED_WITHIN = 60.0
+"""Seconds that a native document's changes may take to be examined."""
 
 
 @dataclass(slots=True)
@@ -60,7 +76,10 @@ class Adoption:
         checkpoints: Reads others' checkpoints in the own tiers.
         config: Settings.
         members: All known members.
-        takes: Whether a document is to be here.
+        takes: Whether a document is to be here, and may.
+        may_hand: Whether others believe this replica when it hands them a snapshot of one.
+        wait_until: Waits until something is so; takes a word for what is waited for, and for how
+            many seconds.
         emit: Gets the events.
         wake: Called when the core has something to do.
     """
@@ -74,6 +93,8 @@ class Adoption:
         *,
         members: Callable[[], list[Member]],
         takes: Callable[[str], bool],
+        may_hand: Callable[[str], bool],
+        wait_until: Callable[[Callable[[], bool], str, float], Awaitable[None]],
         emit: Callable[[Event], None],
         wake: Callable[[], None],
     ) -> None:
@@ -83,11 +104,15 @@ class Adoption:
         self._config = config
         self._members = members
         self._takes = takes
+        self._may_hand = may_hand
+        self._wait_until = wait_until
         self._emit = emit
         self._wake = wake
         self._loop = asyncio.get_running_loop()
         # Agent -> who is down and nobody has taken care of yet, as far as is known.
         self._cases: dict[str, _Case] = {}
+        # Who is back, whom this replica may have passed on.
+        self._back: set[str] = set()
         self._news = asyncio.Event()
 
     def note(self, event: Event) -> None:
@@ -100,13 +125,23 @@ class Adoption:
                     # It may have been about to take care of them.
                     case.at = min(case.at, self._loop.time() + pause)
                 self._news.set()
+            case AdoptionPassed(agent) if agent in self._cases:
+                # It may be this one's turn now.
+                case = self._cases[agent]
+                case.at = min(case.at, self._loop.time() + self._config.adopt_after)
+                case.turns = max(0, case.turns - 1)
+                self._news.set()
             case MemberUp(agent) | MemberRetired(agent) | AgentRecovered(agent):
                 self._cases.pop(agent, None)
+                if not isinstance(event, AgentRecovered):
+                    self._back.add(agent)
+                    self._news.set()
 
     async def run(self) -> None:
         """Take care of who is due, for as long as it takes."""
         while True:
             self._news.clear()
+            self._forget_passes()
             now = self._loop.time()
             for agent in [agent for agent, case in self._cases.items() if case.at <= now]:
                 await self._look_after(agent)
@@ -116,6 +151,15 @@ class Adoption:
                     await self._news.wait()
             except TimeoutError:
                 pass
+
+    def _forget_passes(self) -> None:
+        """What was said of those who are back is no help when they die again."""
+        while self._back:
+            agent = self._back.pop()
+            try:
+                casebook.close(self._documents, agent, by=self._documents.agent)
+            except CRDTStateError as exc:
+                log.warning("%s: %s", self._documents.agent, exc)
 
     async def _look_after(self, agent: str) -> None:
         case = self._cases.get(agent)
@@ -147,44 +191,73 @@ class Adoption:
         return [member.writer for member in found if member.state == "down"]
 
     def _is_next(self, agent: str) -> bool:
-        """Whether this agent is the one, among those that are up, to take care of another."""
+        """Whether this agent is the one, among those that are up and have not passed, to take care
+        of another."""
+        mine = self._documents.agent
+        living = self._living()
+        able = living - self._passed(agent).keys()
+        return rendezvous(f"adoption of {agent}", able or living) == mine
+
+    def _living(self) -> set[str]:
+        """The agents that are up, this one among them."""
         living = {
             member.agent
             for member in self._members()
             if member.state in ("up", "suspected") and member.role == "agent"
         }
-        mine = self._documents.agent
-        return rendezvous(f"adoption of {agent}", living | {mine}) == mine
+        return living | {self._documents.agent}
+
+    def _passed(self, agent: str) -> dict[str, frozenset[str]]:
+        """Who has passed an agent on, and which documents."""
+        return casebook.passed(self._documents.find(casebook.DOCUMENT), agent)
 
     async def _adopt(self, agent: str, writers: Iterable[int], is_last: bool) -> bool:
         """Take in the newest checkpoint of an agent that can be had, and say so. False if the
-        tiers fail that may have it; then it is to be tried again, unless this *is_last*."""
+        tiers fail that may have it, or others are to go on: then it is to be looked at again,
+        unless this *is_last*."""
         theirs = await self._checkpoints.of(agent)
-        found, brought = await self._take_newest(theirs)
+        found, brought, lacking = await self._take_newest(theirs)
         if found is None and theirs.failures() and not is_last:
+            return False
+        mine, passed = self._documents.agent, self._passed(agent)
+        # What somebody did not name it has brought.
+        left = tuple(sorted(frozenset(lacking).intersection(*passed.values())))
+        id = "" if found is None else found.id
+        takes_part = self._takes(casebook.DOCUMENT)
+        if left and takes_part and not is_last and self._living() - passed.keys() - {mine}:
+            event = AdoptionPassed(agent, mine, id, tuple(lacking))
+            log.info("%s: passes %s on: cannot bring %s", mine, agent, ", ".join(lacking[:10]))
+            casebook.pass_on(self._documents, event)
+            self._emit(event)
             return False
         known = {
             name: Version({writer: version[writer] for writer in writers if writer in version})
             for name, version in self._documents.versions()
         }
         token = casebook.token(Cut({name: version for name, version in known.items() if version}))
-        id = "" if found is None else found.id
-        event = AgentRecovered(agent, self._documents.agent, id, token, brought)
-        log.info("%s: took care of %s: %d changes brought", self._documents.agent, agent, brought)
-        if self._takes(casebook.DOCUMENT):
+        done = AgentRecovered(agent, mine, id, token, brought, left)
+        log.info("%s: took care of %s: %d changes brought", mine, agent, brought)
+        if left:
+            names = ", ".join(left[:10])
+            log.warning("%s: nobody can bring what %s had saved of %s", mine, agent, names)
+        if takes_part:
             tiers = () if found is None else found.tiers
             shared = [url for url in tiers if urlsplit(url).scheme in SHARED_SCHEMES]
-            casebook.adopt(self._documents, event, shared)
-        self._emit(event)
+            casebook.adopt(self._documents, done, shared)
+            casebook.close(self._documents, agent)
+        self._emit(done)
         return True
 
-    async def _take_newest(self, theirs: Catalogue) -> tuple[Checkpoint | None, int]:
-        """Take in the newest that can be; returns it, and how many changes that brought."""
+    async def _take_newest(self, theirs: Catalogue) -> tuple[Checkpoint | None, int, list[str]]:
+        """Take in the newest that can be; returns it, how many changes that brought, and the
+        documents of which it has something that cannot be brought from here."""
         here = dict(self._documents.versions())
-        newest = max(theirs.believed(), default=None)
-        if newest is not None and not is_ahead(theirs.find(newest).version, here, self._takes):
+        newest = max(theirs.known(), default=None)
+        if newest is not None and not is_ahead(
+            theirs.find(newest).version, here, lambda name: True
+        ):
             # There is nothing in it that is not here.
-            return theirs.describe(newest), 0
+            return theirs.describe(newest), 0, []
         async for checkpoint, loaded in theirs.newest():
             wanted = [document for document in loaded if self._takes(document.name)]
             manifest = theirs.find(checkpoint.id)
@@ -192,12 +265,13 @@ class Adoption:
             if reason:
                 log.warning("%s: checkpoint %s: %s", self._documents.agent, checkpoint.id, reason)
                 continue
-            brought = 0
+            brought, left = 0, [each.name for each in loaded if not self._takes(each.name)]
             for document in wanted:
-                brought += self._take(theirs.agent, document)
-                await asyncio.sleep(0)
-            return checkpoint, brought
-        return None, 0
+                brought += await self._take(theirs.agent, document)
+                if not document.version <= self._version(document.name):
+                    left.append(document.name)
+            return checkpoint, brought, sorted(left)
+        return None, 0, []
 
     def _refusal(self, writer: int, stamp: int, loaded: Iterable[LoadedDocument]) -> str:
         """Why a checkpoint must not be taken in; empty if it may."""
@@ -212,18 +286,42 @@ class Adoption:
                     return "somebody else wrote under the same name: a store was rolled back"
         return ""
 
-    def _take(self, agent: str, loaded: LoadedDocument) -> int:
-        """Take in a document; returns how many changes that brought. Raises InvalidUpdate."""
-        snapshot = Snapshot.decode(loaded.snapshot)
+    async def _take(self, agent: str, loaded: LoadedDocument) -> int:
+        """Take in a document, or what can be handed on of it; returns how many changes that
+        brought. Raises InvalidUpdate if it is not what the checkpoint says."""
+        name, before = loaded.name, self._count(loaded)
+        if loaded.version <= self._version(name):
+            return 0
+        is_whole = bool(loaded.snapshot) and self._may_hand(name)
+        snapshot = Snapshot.decode(loaded.snapshot) if is_whole else None
         changes = [decode_change(data) for data in loaded.changes]
-        names = {snapshot.document, *(change.document for change in changes)}
-        if names != {loaded.name}:
+        names = {change.document for change in changes}
+        if snapshot is not None:
+            names.add(snapshot.document)
+        if not names <= {name}:
             raise InvalidUpdate(f"a checkpoint of {agent} has other documents than it says")
-        before = self._total(loaded.name)
-        self._core.take_in(snapshot, changes, agent, self._loop.time())
+        try:
+            self._core.take_in(snapshot, changes, agent, self._loop.time())
+        except InvalidUpdate as exc:
+            if is_whole:
+                raise
+            log.info("%s: %r of %s, in part: %s", self._documents.agent, name, agent, exc)
         self._wake()
-        return self._total(loaded.name) - before
+        await asyncio.sleep(0)
+        if self._core.is_examining(name):
+            try:
+                await self._wait_until(
+                    lambda: not self._core.is_examining(name), "verdicts", EXAMINED_WITHIN
+                )
+            except WaitTimeout as exc:
+                log.warning("%s: %r of %s: %s", self._documents.agent, name, agent, exc)
+        return self._count(loaded) - before
 
-    def _total(self, name: str) -> int:
+    def _version(self, name: str) -> Version:
         document = self._documents.find(name)
-        return document.version.total if document is not None else 0
+        return document.version if document is not None else Version()
+
+    def _count(self, loaded: LoadedDocument) -> int:
+        """How many of its changes are here."""
+        here = self._version(loaded.name)
+        return sum(min(here.get(writer, 0), seq) for writer, seq in loaded.version.items())

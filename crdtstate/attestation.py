@@ -7,7 +7,8 @@ nothing, a keyed hash, or a signature and the certificate of who made it.
 
 Where there are certificates, believed is what this replica has made under its own key, and of
 others what their certificates let them hand out (`certificates.SNAPSHOT`); documents that one does
-not are left out, as nothing else proves what a snapshot holds. Its name is that of the agent whose
+not are left out, as nothing else proves what a snapshot holds. (The changes after it prove
+themselves: who takes care of an agent that died takes those.) Its name is that of the agent whose
 checkpoint it says it is, it was valid then, and it was not revoked since.
 
 A proof that is wrong is damage. Where there is none, such as from before there was a mesh, nobody
@@ -100,6 +101,18 @@ class Attestation:
         Raises:
             Damaged: None of it is.
         """
+        found = self.in_pieces(manifest)
+        if found and len(found) == len(manifest.documents):
+            raise Damaged(f"{manifest.agent} may not hand out snapshots of what is in it")
+        return found
+
+    def in_pieces(self, manifest: Manifest) -> Collection[str]:
+        """The documents of a manifest that was checked whose snapshots are not to be believed: of
+        these each change has to prove itself.
+
+        Raises:
+            Damaged: It is not proven, or who made it was revoked.
+        """
         if not self.is_proven(manifest):
             raise Damaged("nothing proves whose it is")
         maker = self._maker(manifest)
@@ -109,16 +122,21 @@ class Attestation:
             raise Damaged(f"it is proven by a key of {maker.agent} that was, or may be, revoked")
         if self.is_own(manifest):
             return ()
-        names = [entry.name for entry in manifest.documents]
-        found = frozenset(name for name in names if not maker.allows(SNAPSHOT, name))
-        if names and len(found) == len(names):
-            raise Damaged(f"{maker.agent} may not hand out snapshots of what is in it")
-        return found
+        names = (entry.name for entry in manifest.documents)
+        return frozenset(name for name in names if not maker.allows(SNAPSHOT, name))
 
     def believes(self, manifest: Manifest) -> bool:
         """Whether a manifest that was checked may be used by itself, all of it or in part."""
         try:
             self.left_out(manifest)
+        except Damaged:
+            return False
+        return True
+
+    def is_known(self, manifest: Manifest) -> bool:
+        """Whether a manifest that was checked is that of a member, who it says it is."""
+        try:
+            self.in_pieces(manifest)
         except Damaged:
             return False
         return True

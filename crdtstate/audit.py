@@ -55,7 +55,7 @@ from crdtstate.hiding import Refusal
 from crdtstate.quarantine import QUARANTINE, heard, released
 from crdtstate.slots import SEPARATOR
 from crdtstate.values import pack, unpack
-from crdtstate.votes import VOTES
+from crdtstate.votes import ELECTORATE, VOTES
 
 KINDS = ("resolution", "decision", "vote", "rejection", "command", "quarantine", "release")
 
@@ -371,7 +371,7 @@ class Audit:
         document, change = delivery.document, delivery.change
         if self.is_loading:
             return
-        is_book = document.name == VOTES
+        is_book = document.name in (VOTES, ELECTORATE)
         drafts = [self._quarantined(delivery, *each) for each in delivery.refused]
         if document.name == QUARANTINE and change is not None:
             drafts += self._released(delivery, change)
@@ -495,6 +495,8 @@ class Audit:
     def _affected(self, delivery: Delivery) -> set[tuple[str, str, str]]:
         """Where what votes decide may be different now."""
         document, paths, polls = delivery.document, delivery.paths, self._documents.polls
+        if document.name == ELECTORATE:
+            return polls.places()
         if document.name == VOTES:
             if delivery.change is None or any(path.startswith("mrules") for path in paths):
                 return polls.places()

@@ -10,6 +10,7 @@ with its own join token; it keeps no notes.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -108,13 +109,19 @@ class Authority:
             grants=grants,
             not_before_ms=now_ms,
             not_after_ms=until_ms,
-            serial=secrets.token_bytes(SERIAL_BYTES),
+            serial=self._serial(public),
             parent=self.certificate,
         )
         if self.certificate is None:
             self.invited.pop(public, None)
             self.invited[public] = Invited(agent, public, until_ms, certificate.is_controller)
         return JoinToken(self.root, self.secrets, self.former, seed, certificate)
+
+    def _serial(self, key: bytes) -> bytes:
+        """The serial of a key's certificates, always the same. The numbers of its writers follow
+        from it (`authors`), so whoever makes a key must not know it beforehand."""
+        secret = hashlib.blake2b(self.seed, digest_size=32, person=b"crdtstate/serial").digest()
+        return hashlib.blake2b(key, key=secret, digest_size=SERIAL_BYTES).digest()
 
     def revoke(self, agent: str, key: bytes, cuts: Cuts, now_ms: int, reason: str) -> Revocation:
         """Sign a revocation. Raises UsageError if nobody would believe it."""

@@ -7,10 +7,24 @@ What stands in for a proof depends on the mesh (`Config.signing`):
     keyed    a keyed hash under the mesh's secret (BLAKE2b): somebody who knows the secret made it
     signed   an Ed25519 signature under the writer's own key, which a certificate of the mesh names
 
-In a signed mesh the number of a writer is the hash of its key and of eight random bytes, so nobody
-can write under another's number: the *card* that comes with a writer's first change holds the
-bytes and the certificate. What is proved is the body of a change, which names the update and the
-change before it by their hashes (`change`), under the id of the mesh. Sans-I/O.
+In a signed mesh the number of a writer is the hash of its key, of the serial of its certificate and
+of a small random *count*, so nobody can write under another's number: the *card* that comes with a
+writer's first change holds the count and the certificate. What is proved is the body of a change,
+which names the update and the change before it by their hashes (`change`), under the id of the
+mesh.
+
+Numbers have 53 bits, so who can try 2**36 inputs finds one of 100,000 writers. Nobody can. The
+serial is the issuer's, who draws it from its own secret and the key, always the same for one key
+(`authority`): who makes its own key does not know it beforehand, and renewing keeps the numbers.
+What is left to choose is the count, of `COUNTS`: all of them together meet one of 100,000 writers
+with a chance of 1 in 65,000, and that is all that trying can buy.
+
+So few counts have their price: an agent that loses its store each time, or has none, draws one that
+it had before in 1 of 1,000 times once it has had 1,000. It is told before anything leaves: nothing
+is sent on a connection before the peer has said what it has, nor where that is more of the own
+writer, or something else, than is here, until that was looked at (`Link.doubts`). Then it goes on
+as another writer, and nothing is lost. Without that, 2**20 would be too few; 2**40 numbers would be
+too many. Sans-I/O.
 """
 
 from __future__ import annotations
@@ -56,6 +70,9 @@ PURPOSE = "change/2"
 ANSWER = "answer/1"
 
 UNPROVEN = " (not proven)"
+
+COUNTS = 2**20
+"""How many writers one key can be."""
 
 CARDS_CACHED = 10_000
 """Cards that are remembered as checked."""
@@ -125,7 +142,7 @@ class Authors(Protocol):
         raise NotImplementedError
 
     def head(self, writer: int) -> bytes:
-        """What an own writer's number is made of beside the key, for Hello."""
+        """What an own writer's number is made of beside the certificate, for Hello."""
 
     def is_right(self, hello: Hello, certificate: Certificate) -> bool:
         """Whether who has proved to have a certificate says hello under its own name and
@@ -292,7 +309,7 @@ class Signed:
         self._root = root
         self._own = own
         self._sign = sign
-        # Own writers that were drawn or found, with their eight bytes.
+        # Own writers that were drawn or found, with their counts.
         self._heads: dict[int, bytes] = {}
         # Cards that are right: (writer, card) -> what the certificate says. And certificates.
         self._checked: dict[tuple[int, bytes], Certificate] = {}
@@ -302,10 +319,13 @@ class Signed:
     # Own changes
 
     def draw(self, rng: random.Random) -> int:
-        head = rng.randbytes(CARD_HEAD)
-        writer = _number(self._mesh, self._own().key, head)
-        self._heads[writer] = head
-        return writer
+        known = {writer for writer, _ in self._checked} | self._heads.keys()
+        while True:
+            head = rng.randrange(COUNTS).to_bytes(CARD_HEAD, "big")
+            writer = _number(self._own(), head)
+            if writer not in known:
+                self._heads[writer] = head
+                return writer
 
     def prover(self, writer: int) -> Prover | None:
         return _Signer(self, writer)
@@ -349,7 +369,7 @@ class Signed:
 
     def is_own(self, writer: int, card: bytes) -> bool:
         head = card[:CARD_HEAD]
-        if not card or _number(self._mesh, self._own().key, head) != writer:
+        if _number(self._own(), head) != writer:
             return False
         self._heads[writer] = head
         return True
@@ -370,7 +390,7 @@ class Signed:
             raise Unproven(f"{change!r} is not signed, as this mesh asks for")
         certificate = self.certificate(change.writer, change.card or card)
         if change.card and card and self.certificate(change.writer, card).key != certificate.key:
-            # Another key gives the same number once in 2**53 tries.
+            # That of another key gives the same number: see above how rarely.
             raise Unproven(f"{change!r} is not by the key that {change.writer:x} began with")
         if change.origin.agent != certificate.agent:
             raise Unproven(f"{change!r} is by {certificate.agent}, not {change.origin.agent!r}")
@@ -401,7 +421,7 @@ class Signed:
         return found
 
     def is_right(self, hello: Hello, certificate: Certificate) -> bool:
-        number = _number(self._mesh, certificate.key, hello.head)
+        number = _number(certificate, hello.head)
         return (hello.agent, hello.writer) == (certificate.agent, number)
 
     def vouch(self, snapshot: Snapshot) -> Snapshot:
@@ -434,7 +454,7 @@ class Signed:
                 found = self._decode(card[CARD_HEAD:])
             except InvalidCertificate as exc:
                 raise Unproven(f"the card of {writer:x}: {exc}") from exc
-            if _number(self._mesh, found.key, card[:CARD_HEAD]) != writer:
+            if _number(found, card[:CARD_HEAD]) != writer:
                 raise Unproven(f"the card of {writer:x} is another writer's")
             _keep(self._checked, (writer, card), found)
         return found
@@ -481,9 +501,12 @@ class _Signer:
         return self._authors.prove(body)
 
 
-def _number(mesh: bytes, key: bytes, head: bytes) -> int:
-    """The number of a writer."""
-    found = hashlib.blake2b(mesh + key + head, digest_size=8, person=b"crdtstate-writer").digest()
+def _number(certificate: Certificate, head: bytes) -> int:
+    """The number of a writer; 0, which is nobody's, if the head of its card is none."""
+    if len(head) != CARD_HEAD or int.from_bytes(head, "big") >= COUNTS:
+        return 0
+    named = certificate.mesh + certificate.key + certificate.serial + head
+    found = hashlib.blake2b(named, digest_size=8, person=b"crdtstate-writer").digest()
     return int.from_bytes(found, "big") & (2**WRITER_BITS - 1) or 1
 
 

@@ -2,13 +2,13 @@
 The board: what stands in ``@control`` as one replica sees it, how it writes there, and what goes.
 
 A result counts only from a lane of the agent it is of, a command only from a lane of the agent
-that it names as its author. (That keeps mistakes away. Until changes are signed, whoever is let
-into the mesh can take any name.)
+that it names as its author. (That keeps mistakes away. Where changes are not signed, whoever is let
+into the mesh can take any name.) Of several under one id, one counts that its writer may give.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from crdtstate.commands import (
@@ -41,10 +41,16 @@ class Board:
 
     Args:
         documents: The replica's documents.
+        may_command: Whether who wrote a command may give it.
     """
 
-    def __init__(self, documents: DocumentSet) -> None:
+    def __init__(
+        self,
+        documents: DocumentSet,
+        may_command: Callable[[Command], bool] = lambda command: True,
+    ) -> None:
         self._documents = documents
+        self.may_command = may_command
 
     def _view(self, name: str) -> Map | None:
         document = self._documents.find(CONTROL)
@@ -57,28 +63,37 @@ class Board:
         return list(self._view(COMMANDS) or ())
 
     def find(self, id: str) -> Command | None:
-        """The command *id*, if there is one and it is its author's own."""
+        """The command *id*, if there is one and it is its author's own: the newest that its writer
+        may give, else the newest."""
+        found = None
+        for command, agent in self._read(id):
+            if command.by == agent:
+                if self.may_command(command):
+                    return command
+                found = found or command
+        return found
+
+    def _read(self, id: str) -> Iterator[tuple[Command, str]]:
+        """What there is under *id*, newest first, each with the agent that wrote it."""
         view = self._view(COMMANDS)
         for candidate in reversed(view.live(id) if view is not None else []):
-            command = Command.read(id, candidate.value, candidate.stamp)
-            if command is not None and command.by == candidate.agent:
-                return command
-        return None
+            command = Command.read(id, candidate.value, candidate.stamp, candidate.writer)
+            if command is not None:
+                yield command, candidate.agent
 
     def commands(self) -> Iterator[Command]:
         """All commands."""
         found = map(self.find, self.ids())
         return (command for command in found if command is not None)
 
-    def forged(self, id: str) -> tuple[str, str] | None:
-        """Who wrote what there is under *id* in the name of somebody else: (writer's agent, name);
-        None if nobody did."""
-        view = self._view(COMMANDS)
-        for candidate in view.live(id) if view is not None else []:
-            command = Command.read(id, candidate.value, candidate.stamp)
-            if command is not None and command.by != candidate.agent:
-                return candidate.agent, command.by
-        return None
+    def forged(self, id: str) -> list[tuple[int, str, str]]:
+        """Who wrote what there is under *id* in the name of somebody else: (writer, its agent, the
+        name)."""
+        return [
+            (command.writer, agent, command.by)
+            for command, agent in self._read(id)
+            if command.by != agent
+        ]
 
     def answer(self, id: str, agent: str) -> Answer | None:
         """What *agent* says of a command: the first result, if it has told one."""

@@ -133,6 +133,12 @@ class Catalogue:
         believes = self.attestation.believes
         return sorted(id for id, manifest in self.manifests.items() if believes(manifest))
 
+    def known(self) -> list[str]:
+        """The ids of those that are proven to be this agent's, oldest first, whatever may be used
+        of them."""
+        is_known = self.attestation.is_known
+        return sorted(id for id, manifest in self.manifests.items() if is_known(manifest))
+
     def find(self, id: str) -> Manifest:
         """The manifest of a checkpoint. Raises UnknownCheckpoint."""
         found = self.manifests.get(id)
@@ -176,11 +182,12 @@ class Catalogue:
     # Reading
 
     async def load(
-        self, id: str, dead: dict[Shelf, TierError] | None = None
+        self, id: str, dead: dict[Shelf, TierError] | None = None, *, pieces: bool = False
     ) -> list[LoadedDocument]:
         """Read a checkpoint, each part from the nearest tier that has it as it was written. Tiers
         in *dead* are not asked, and those that fail are entered there. Documents are left out that
-        are not to be believed; if nothing proves whose it is, that is said in the log.
+        are not to be believed, or with *pieces* their snapshots are, which are empty then; if
+        nothing proves whose it is, that is said in the log.
 
         Raises:
             UnknownCheckpoint: There is none with this id.
@@ -189,7 +196,7 @@ class Catalogue:
             TierError: The tiers that may have it cannot be asked.
         """
         manifest = await self._seek(id)
-        entries = self._entries(id, manifest)
+        entries = self._entries_in_pieces(manifest) if pieces else self._entries(id, manifest)
         plain: dict[str, bytes] = {}
         silent = {} if dead is None else dead
 
@@ -197,7 +204,11 @@ class Catalogue:
             plain[part.name] = await self.read_part(part, dead=silent)
 
         try:
-            parts = {part.name: part for entry in entries for part in entry.parts}
+            parts = {
+                part.name: part
+                for entry, is_whole in entries
+                for part in (entry.parts if is_whole else entry.deltas)
+            }
             await each(parts.values(), fetch)
         except CorruptCheckpoint as exc:
             self.lost[id] = str(exc)
@@ -207,37 +218,43 @@ class Catalogue:
                 entry.name,
                 entry.shared,
                 entry.version.copy(),
-                plain[entry.base.name],
+                plain[entry.base.name] if is_whole else b"",
                 [
                     change
                     for delta in entry.deltas
                     for change in decode_changes(delta, plain[delta.name])
                 ],
             )
-            for entry in entries
+            for entry, is_whole in entries
         ]
 
-    def _entries(self, id: str, manifest: Manifest) -> list[Entry]:
+    def _entries_in_pieces(self, manifest: Manifest) -> list[tuple[Entry, bool]]:
+        """All of a checkpoint that is known, each with whether it may be read whole."""
+        pieces = self.attestation.in_pieces(manifest)
+        return [(entry, entry.name not in pieces) for entry in manifest.documents]
+
+    def _entries(self, id: str, manifest: Manifest) -> list[tuple[Entry, bool]]:
         """What may be read of a checkpoint. Raises CorruptCheckpoint if that is nothing."""
         if not self.attestation.is_proven(manifest):
             log.warning("%s: nothing proves whose checkpoint %s is", self.agent, id)
-            return [*manifest.documents]
+            return [(entry, True) for entry in manifest.documents]
         try:
             left_out = self.attestation.left_out(manifest)
         except Damaged as exc:
             raise CorruptCheckpoint("every tier", id, str(exc)) from exc
         for name in left_out:
             log.warning("%s: checkpoint %s: %r is left out", self.agent, id, name)
-        return [entry for entry in manifest.documents if entry.name not in left_out]
+        return [(entry, True) for entry in manifest.documents if entry.name not in left_out]
 
     async def newest(self) -> AsyncIterator[tuple[Checkpoint, list[LoadedDocument]]]:
-        """Iterate over the checkpoints that are believed and can be loaded, newest first. Those
-        that cannot are passed over; what is wrong with them is told by events, and stands in
-        `lost`. A tier that fails is not asked for older ones either: `failures`."""
+        """Iterate over the checkpoints that are `known` and can be loaded, newest first, with what
+        may be used of them: see *pieces* of `load`. Those that cannot are passed over; what is
+        wrong with them is told by events, and stands in `lost`. A tier that fails is not asked for
+        older ones either: `failures`."""
         dead: dict[Shelf, TierError] = {}
-        for id in reversed(self.believed()):
+        for id in reversed(self.known()):
             try:
-                documents = await self.load(id, dead)
+                documents = await self.load(id, dead, pieces=True)
             except (StoreError, UnknownCheckpoint) as exc:
                 log.warning("%s: checkpoint %s cannot be used: %s", self.agent, id, exc)
                 continue

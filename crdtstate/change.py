@@ -37,7 +37,9 @@ CHANGE_BYTES_MAX = 2 * 1024 * 1024
 CHANGE_SLACK = 1024 * 1024
 """What tidying, cleaning and dependencies may add to that."""
 
-DEPS_MAX = 40_000
+DEPS_MAX = 35_000
+"""Heads that a change builds on: with so many, two changes still fit into a value (`forks`)."""
+
 STATE_BYTES_MAX = 256 * 1024 * 1024
 FORMAT = 2
 
@@ -59,7 +61,7 @@ ID_BYTES = 16
 PROOF_BYTES = (0, 16, 64)
 CARD_BYTES_MAX = 8 * 1024
 CARDS_BYTES_MAX = 64 * 2**20
-CARD_HEAD = 8
+CARD_HEAD = 3
 """Bytes of a card before the certificate: they differ between the writers of one agent."""
 
 

@@ -91,6 +91,7 @@ class Command:
         cut: What they had seen who accepted it: a token of `Cut`.
         state: ``"issued"``, ``"going"`` (of an exclusive one: it was agreed on), ``"withdrawn"``.
         stamp: When it was written, by the clock of its author: the order of execution.
+        writer: Whose lane it stands in.
     """
 
     id: str
@@ -106,6 +107,7 @@ class Command:
     cut: str = ""
     state: Literal["issued", "going", "withdrawn"] = "issued"
     stamp: Stamp = field(default=Stamp(0), compare=False)
+    writer: int = field(default=0, compare=False)
 
     @property
     def issued(self) -> datetime:
@@ -143,7 +145,7 @@ class Command:
         }
 
     @classmethod
-    def read(cls, id: str, value: object, stamp: Stamp) -> Command | None:
+    def read(cls, id: str, value: object, stamp: Stamp, writer: int = 0) -> Command | None:
         """Read what somebody wrote; None if that is no command."""
         match value:
             case {
@@ -182,6 +184,7 @@ class Command:
                         cut,
                         state,
                         stamp,
+                        writer,
                     )
         return None
 

@@ -140,23 +140,25 @@ class Credentials:
         error all stays as it was, and the next call looks again.
 
         Raises:
-            UsageError: It is of another mesh, agent or key now: open the replica again for that.
+            UsageError: It is of another mesh, agent, key or issuer now: open the replica again for
+                that, which makes it another writer.
             StoreError: It cannot be read, others may read it, or nothing valid is in it.
         """
         if self.path is None or (seen := _look(self.path)) == self._seen:
             return False
         found = _read_file(self.path, self._store)
         token = found.token
-        before = (self.kind, self.root, self.certificate and self.certificate.agent, self.public)
+        own = self.certificate
+        before = (self.kind, self.root, own and (own.agent, own.serial), self.public)
         now = (
             found.kind,
             token and token.root,
-            token and token.certificate.agent,
+            token and (token.certificate.agent, token.certificate.serial),
             public_of(found.seed) if found.seed is not None else None,
         )
         if before != now:
             raise UsageError(
-                f"{self.path}: is of another mesh, agent or key than before; "
+                f"{self.path}: is of another mesh, agent, key or issuer than before; "
                 "what was opened goes on with the old ones until it is opened again"
             )
         data = self.certificate and self.certificate.data

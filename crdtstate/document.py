@@ -22,8 +22,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import msgpack
-
 from crdtstate.change import (
     CHANGE_BYTES_MAX,
     ID_BYTES,
@@ -50,31 +48,26 @@ from crdtstate.conflict import (
     same,
 )
 from crdtstate.crdts import STRATEGIES, Counter, Map, Register, Set, Strong
+from crdtstate.enforcement import Enforcement
 from crdtstate.errors import (
-    ChangeRefused,
     CRDTStateError,
     Forked,
     InvalidUpdate,
-    NotAllowed,
     UnknownValidator,
     UnsupportedValue,
     UsageError,
 )
-from crdtstate.hiding import NO_COUNTS, REASON_CHARS_MAX, Ceiling, Hiding, Refusal, net_of
+from crdtstate.hiding import Ceiling, Hiding, Refusal
 from crdtstate.lanes import Lanes
 from crdtstate.native import Array, Native, Text, YMap
 from crdtstate.rules import (
     NUMBER_MAX,
     ON,
     QUOTA,
-    RULES,
     VALIDATOR,
-    Force,
     Quota,
     Rules,
     Use,
-    propose,
-    rule_of,
     rules_of,
     write_quota,
 )
@@ -91,6 +84,7 @@ from crdtstate.slots import (
 )
 from crdtstate.validators import is_known, known_validators
 from crdtstate.values import pack, unpack
+from crdtstate.withholding import Withholding
 
 if TYPE_CHECKING:
     from crdtstate.audit import Record
@@ -112,15 +106,6 @@ CHANGE_PATHS_MAX = 20_000
 
 JUDGED_PATHS_GOAL = 64
 """The same for paths in a document with rules: with each write, all that is open is judged."""
-
-PRUNE_MIN = 256
-"""Refused changes of a writer that are remembered whether they stand or not."""
-
-TOLD_BYTES_MIN = 4 * 2**20
-"""What a snapshot may say of rules and refused changes, beside the bytes of its state."""
-
-SLOT_BYTES_MIN = 8
-"""Bytes of a state that one slot takes at least; each refused change has one."""
 
 SETTLED_PER_CHANGE = 500
 """Slots dropped per change because others cover them; bounds the length of a change."""
@@ -225,14 +210,10 @@ class Document:
         self.is_grouped: Callable[[], bool] = lambda: False
         # What the document admits, as it says itself.
         self.rules = Rules()
-        # By which state of the rules, and as whose, the open change was admitted; None: it was not
-        # judged. And whether what is written now is to be judged at once.
-        self._admitted: tuple[int, Origin] | None = None
-        self._judges = True
         # Whether changes are admitted that cannot be judged here: only by who tells nobody.
         self.admits_unjudged = False
-        # With how many refused changes of a writer to forget those that do not stand any more.
-        self._prune_at = PRUNE_MIN
+        self._withholding = Withholding(self)
+        self._enforcement = Enforcement(self, self._withholding, on_write)
         self._clock = clock
         self._wall = wall
         self._on_write = on_write
@@ -351,12 +332,12 @@ class Document:
         """
         if not is_known(name):
             raise UnknownValidator(name, self.name, known_validators())
-        self._set_rule(VALIDATOR + name, ON)
+        self._enforcement.set_rule(VALIDATOR + name, ON)
 
     def drop_validator(self, name: str) -> None:
         """Let the validator *name* judge no more. What it has refused stays so, until released."""
         if name in self.validators():
-            self._set_rule(VALIDATOR + name, "")
+            self._enforcement.set_rule(VALIDATOR + name, "")
 
     @property
     def quota(self) -> Quota:
@@ -376,34 +357,11 @@ class Document:
                 raise UsageError(f"a limit is a number of at least 0, or None, not {number!r}")
         wanted = Quota(bytes, keys)
         if wanted != self.quota:
-            self._set_rule(QUOTA, write_quota(wanted))
+            self._enforcement.set_rule(QUOTA, write_quota(wanted))
 
     def usage(self) -> Use:
         """How much this replica's writer has here, as `limit` counts."""
         return self.lanes.use(self.writer)
-
-    def _set_rule(self, key: str, text: str) -> None:
-        """Set a rule, in a change of its own."""
-        if self.shared or self.name.startswith("@"):
-            raise UsageError(
-                f"{self.name!r} has no rules: it holds native types, or is the system's"
-            )
-        if self.is_grouped():
-            raise UsageError("rules are set outside of transactions, in a change of their own")
-        card = self.prover.card if self.prover is not None else b""
-        if not self.may_rule(self.writer, card):
-            raise NotAllowed(self.agent, "c", self.name)
-        if self.rules.is_full(self.writer):
-            raise UsageError(f"{self.name!r}: this writer has set too many rules")
-        if self.is_open:
-            # What is open is sealed when it says so a second time.
-            self._on_write(self)
-        self._judges = False
-        try:
-            self.put(RULES, key, pack(text, "rule"))
-        finally:
-            self._judges = True
-        self._on_write(self)
 
     def admit_open(self, origin: Origin) -> None:
         """Judge the open change, as one that *origin* makes.
@@ -412,143 +370,10 @@ class Document:
             ChangeRefused: The rules refuse it.
             UnknownValidator: It cannot be judged here.
         """
-        force = self.rules.now
-        admitted = self.rules.revision, origin
-        if not force or not self._before or self._admitted == admitted:
-            return
-        slots = {path: self.lanes.own_slot(path) for path in self._before}
-        self._admit(force, slots, origin, self._open_kind)
-        self._admitted = admitted
+        self._enforcement.admit_open(origin, self._open_kind)
 
     def _admit_write(self, path: str, slot: Slot, kind: int) -> None:
-        """Judge the open change with one slot more. Raises what `admit_open` does."""
-        force = self.rules.now
-        if not force or not self._judges or self.is_grouped():
-            return
-        slots = {path: self.lanes.own_slot(path) for path in self._before}
-        origin = Origin(self.agent)
-        self._admit(force, {**slots, path: slot}, origin, kind or self._open_kind)
-        self._admitted = self.rules.revision, origin
-
-    def _admit(
-        self, force: Force, slots: Mapping[str, Slot | None], origin: Origin, kind: int
-    ) -> None:
-        lanes = self.lanes
-        before = {path: self._before.get(path, lanes.own_slot(path)) for path in slots}
-        if all(rule_of(path) is not None for path in slots):
-            return
-        sealed = after = Use()
-        if force.measures:
-            sealed = after = lanes.use(self.writer)
-            for path in slots:
-                now = lanes.own_slot(path)
-                sealed = sealed.plus(path, now, -1).plus(path, before[path])
-                after = after.plus(path, now, -1).plus(path, slots[path])
-        writes = {
-            path: slot for path, slot in slots.items() if slot is not None and slot != before[path]
-        }
-        proposal = propose(self.name, self.writer, origin, kind == RESOLUTION, writes, before)
-        if (reason := force.judge(proposal, sealed, after)) is not None:
-            raise ChangeRefused(self.name, reason[:REASON_CHARS_MAX])
-
-    def _judge(self, plan: Plan, change: Change) -> Refusal | None:
-        """What the rules make of a change of another that was checked and is ready.
-
-        Raises:
-            UnknownValidator: It cannot be judged here.
-        """
-        dot, lanes = change.dot, self.lanes
-        force = self.rules.for_change(dot, plan.builds_on(change.deps))
-        slots = plan.written(change.seq)
-        if not self._needs_verdict(force, change, slots):
-            return None
-        before = {path: lanes.slot(plan.writer, path) for path in slots}
-        use = after = Use()
-        if force.measures:
-            use = after = lanes.use(plan.writer)
-            for owner, path in plan.drops:
-                if owner == plan.writer:
-                    after = after.plus(path, lanes.slot(owner, path), -1)
-            for path, slot in slots.items():
-                after = after.plus(path, before[path], -1).plus(path, slot)
-        return self._verdict(force, change, slots, before, use, after)
-
-    def _unadmitted(self) -> tuple[dict[str, Slot | None], Use]:
-        """What the open change writes over, and how much was here before it, if there are rules
-        and it was not admitted: whoever saw to that is no better off than others."""
-        if not self.rules.now or self._admitted is not None:
-            return {}, Use()
-        use = Use()
-        if self.rules.now.measures:
-            use = self.lanes.use(self.writer)
-            for path, slot in self._before.items():
-                use = use.plus(path, self.lanes.own_slot(path), -1).plus(path, slot)
-        return dict(self._before), use
-
-    def _judge_own(
-        self, change: Change, before: Mapping[str, Slot | None], use: Use
-    ) -> Refusal | None:
-        """Judge an own change that was sealed without that, as all others do."""
-        lanes = self.lanes
-        slots = {
-            path: slot
-            for path in before
-            if (slot := lanes.own_slot(path)) is not None and slot.seq == change.seq
-        }
-        if not self._needs_verdict(self.rules.now, change, slots):
-            return None
-        after = lanes.use(self.writer) if self.rules.now.measures else use
-        try:
-            refused = self._verdict(self.rules.now, change, slots, before, use, after)
-        except UnknownValidator:
-            # It is sealed; who can tell will.
-            return None
-        if refused is not None:
-            self.hiding.refuse(change.dot, refused)
-            self._prune_some(change.writer)
-            lanes.watch()
-            lanes.review(change.writer, refused.paths)
-        return refused
-
-    def _needs_verdict(self, force: Force, change: Change, slots: Mapping[str, Slot]) -> bool:
-        rules = sum(rule_of(path) is not None for path in slots)
-        if rules and not self._may_rule(change):
-            return True
-        return bool(force) and rules < len(slots)
-
-    def _may_rule(self, change: Change) -> bool:
-        card = change.card or self.cards.get(change.writer, b"")
-        return self.may_rule(change.writer, card)
-
-    def _verdict(
-        self,
-        force: Force,
-        change: Change,
-        slots: Mapping[str, Slot],
-        before: Mapping[str, Slot | None],
-        use: Use,
-        after: Use,
-    ) -> Refusal | None:
-        """What *force* makes of a change that writes *slots* over what was *before*."""
-        is_resolution = change.kind == RESOLUTION
-        proposal = propose(self.name, change.writer, change.origin, is_resolution, slots, before)
-        reason: str | None = "rules: who made it may not set them"
-        if all(rule_of(path) is None for path in slots) or self._may_rule(change):
-            try:
-                reason = force.judge(proposal, use, after)
-            except UnknownValidator:
-                if not self.admits_unjudged:
-                    raise
-                reason = None
-        if reason is None:
-            return None
-        counts = {
-            path: added
-            for path, slot in slots.items()
-            if path[0] == "c" and (added := net_of(slot) - net_of(before[path]))
-        }
-        paths, reason = tuple(sorted(slots)), reason[:REASON_CHARS_MAX]
-        return Refusal(change.origin.agent, change.stamp, reason, paths, counts or NO_COUNTS)
+        self._enforcement.admit_write(path, slot, kind or self._open_kind)
 
     # Hiding
 
@@ -560,58 +385,22 @@ class Document:
     def hide(self, writer: int, ceiling: Ceiling | None) -> list[str]:
         """Hide all changes of *writer* above a seq, whether they are here or still come; 0 hides
         its whole lane, None shows all of it again. Returns the paths that read differently."""
-        ceilings = self.hiding.ceilings
-        if ceilings.get(writer) == ceiling:
-            return []
-        if ceiling is None:
-            del ceilings[writer]
-        else:
-            ceilings[writer] = ceiling
-        return self.lanes.review(writer)
+        return self._withholding.hide(writer, ceiling)
 
     def release(self, dots: Iterable[Dot]) -> list[str]:
         """Show what the rules refused in the changes *dots*, and in no others. Returns the paths
         that read differently."""
-        hiding = self.hiding
-        before, hiding.released = hiding.released, frozenset(dots)
-        changed: list[str] = []
-        for writer in sorted({dot.writer for dot in before ^ hiding.released}):
-            if writer in hiding.refused:
-                changed += self.lanes.review(writer, hiding.places(writer))
-        return changed
+        return self._withholding.release(dots)
 
     def withheld(self) -> list[tuple[Dot, Refusal]]:
         """The changes that the rules refused and nobody has released, as far as they stand, oldest
         first."""
-        self._prune()
-        return sorted(self.hiding.withheld(), key=lambda each: (each[1].stamp, each[0]))
+        return self._withholding.withheld()
 
     def counted(self, writer: int) -> dict[str, int]:
         """What the lane of *writer* counts in each counter, without what was refused: what a
         `Ceiling` at its present seq is to say."""
-        found = {}
-        for path, slot in self.lanes.slots(writer).items():
-            if path[0] == "c":
-                found[path] = self.hiding.counted(writer, path, slot)
-        return found
-
-    def _prune_some(self, writer: int) -> None:
-        """Do that if there is twice as much of a writer as after the last time."""
-        if len(self.hiding.refused[writer]) > self._prune_at:
-            newest = max(self.hiding.refused[writer])
-            refusal = self.hiding.refused[writer][newest]
-            self._prune()
-            # It does not stand yet.
-            self.hiding.refused.setdefault(writer, {})[newest] = refusal
-            self._prune_at = max(PRUNE_MIN, 2 * len(self.hiding.refused[writer]))
-
-    def _prune(self) -> None:
-        """Forget what was refused and has been written over by its own writer."""
-        lanes = self.lanes
-        for writer in list(self.hiding.refused):
-            slots = {path: lanes.slot(writer, path) for path in self.hiding.places(writer)}
-            stands = {path: slot.seq for path, slot in slots.items() if slot is not None}
-            self.hiding.stand(writer, stands)
+        return self._withholding.counted(writer)
 
     def use_strategy(self, container: str, name: str | None, prefix: str = "") -> None:
         """See `Map.use_strategy`."""
@@ -862,7 +651,7 @@ class Document:
                 self._met.pop(path, None)
         if not self._before:
             self._open_kind, self._open_stamp = WRITE, 0
-        self._admitted = None
+        self._enforcement.admitted = None
         if self.native is not None:
             self.native.rollback()
 
@@ -883,8 +672,8 @@ class Document:
             except UsageError:
                 self.rollback()
                 raise
-        opened, use = self._unadmitted()
-        self._admitted = None
+        opened, use = self._enforcement.unadmitted()
+        self._enforcement.admitted = None
         kind, self._open_kind = (self._open_kind if self.is_open else TIDY), WRITE
         met, self._met = self._met, {}
         if self.native is not None:
@@ -895,7 +684,7 @@ class Document:
         if not update:
             return None
         change = self._sealed(update, origin, kind)
-        refused = self._judge_own(change, opened, use) if opened else None
+        refused = self._enforcement.judge_own(change, opened, use) if opened else None
         if self.rules.said or any(path[0] == "@" for path in self.written):
             says = {path: self.lanes.own_slot(path) for path in self.written}
             told = rules_of(says) if refused is None else {}
@@ -1013,7 +802,7 @@ class Document:
         self.ids = {}
         self._before, self._open_kind, self._open_stamp = {}, WRITE, 0
         self._met = {}
-        self._admitted = None
+        self._enforcement.admitted = None
         self.rules = Rules()
         self.lanes = Lanes(writer, self.hiding.emptied())
         if self.native is not None:
@@ -1029,7 +818,7 @@ class Document:
         writer had written and that the store, or the mesh, does not know of."""
         loaded = self.own_slots(lane)
         # There is nobody to be told what the rules refuse now, before it is sealed.
-        self._judges = False
+        self._enforcement.judges = False
         try:
             for path in sorted(wanted.keys() | loaded.keys()):
                 want, have = wanted.get(path), loaded.get(path)
@@ -1042,7 +831,7 @@ class Document:
                 else:
                     self.put(container, key, want.value if want else None)
         finally:
-            self._judges = True
+            self._enforcement.judges = True
 
     # Replicating
 
@@ -1099,10 +888,10 @@ class Document:
                 change.update, change.writer, change.seq, self.version, self._before
             )
             if self.rules.said or any(put[2][0] == "@" for put in plan.puts):
-                refused = self._apply_rules(plan, change)
+                refused = self._enforcement.judge(plan, change)
         if refused is not None:
             self.hiding.refuse(change.dot, refused)
-            self._prune_some(change.writer)
+            self._withholding.prune_some(change.writer)
             self.lanes.watch()
         try:
             touched, met = self._apply_checked(plan, change)
@@ -1114,13 +903,6 @@ class Document:
             says = {} if refused is not None else rules_of(plan.written(change.seq))
             self.rules.note(change.dot, plan.builds_on(change.deps), says)
         return touched, met, refused
-
-    def _apply_rules(self, plan: Plan, change: Change) -> Refusal | None:
-        """Judge a change. Raises InvalidUpdate, UnknownValidator."""
-        is_adopting = any(owner != plan.writer for owner, _ in plan.drops)
-        if is_adopting and self.rules.are_known_to(change.dot, change.deps):
-            raise InvalidUpdate("deletes in another lane where there are rules")
-        return self._judge(plan, change)
 
     def _apply_checked(self, plan: Plan | None, change: Change) -> tuple[list[str], list[_Met]]:
         try:
@@ -1185,23 +967,8 @@ class Document:
             self.engine.state(),
             dict(self.ids),
             dict(self.cards),
-            self._told(),
+            self._withholding.told(),
         )
-
-    def _told(self) -> bytes:
-        """What a snapshot says of rules and refused changes."""
-        self._prune()
-        if not self.rules and not self.hiding.refused:
-            return b""
-        told: bytes = msgpack.packb([self.rules.flat(), self.hiding.flat()])
-        return told
-
-    def _hear(self, snapshot: Snapshot) -> tuple[Rules, Hiding]:
-        """What will be known of rules and refused changes with a snapshot. Raises InvalidUpdate."""
-        rules, hiding = read_told(snapshot)
-        mine, theirs = self.version, snapshot.version
-        newer = [writer for writer, seq in theirs.items() if seq > mine.get(writer, 0)]
-        return self.rules.joined(rules), self.hiding.joined(hiding, newer)
 
     def join(self, snapshot: Snapshot) -> list[str]:
         """Take in everything *snapshot* has and keep everything here; return the paths that may
@@ -1223,7 +990,7 @@ class Document:
         joined = mine.copy()
         joined.merge(theirs)
         before, known = self.lanes.containers, (self.rules, self.hiding)
-        rules, hiding = self._hear(snapshot)
+        rules, hiding = self._withholding.hear(snapshot)
         self.rules, self.lanes.hiding = rules, hiding
         try:
             touched = self._load_witnessed(snapshot, state, joined)
@@ -1352,20 +1119,6 @@ def _differing(before: Mapping[str, Any], lanes: Lanes) -> Iterator[str]:
         for key in old.keys() | new.keys():
             if old.get(key) != new.get(key):
                 yield name + SEPARATOR + key
-
-
-def read_told(snapshot: Snapshot) -> tuple[Rules, Hiding]:
-    """Read what a snapshot says of rules and refused changes. Raises InvalidUpdate."""
-    told, size = snapshot.told, len(snapshot.state)
-    if not told:
-        return Rules(), Hiding()
-    if len(told) > TOLD_BYTES_MIN + size:
-        raise InvalidUpdate("a snapshot says more of its rules than of its content")
-    try:
-        rules, hiding = msgpack.unpackb(told, use_list=False, max_map_len=0, max_ext_len=0)
-    except Exception as exc:
-        raise InvalidUpdate(f"a snapshot's rules cannot be read: {exc}") from exc
-    return Rules.from_flat(rules), Hiding.from_flat(hiding, size // SLOT_BYTES_MIN)
 
 
 def check_name(name: object, what: str) -> str:

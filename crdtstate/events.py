@@ -204,6 +204,9 @@ class AgentRecovered(Event):
         version: How far the agent's own changes are known: a causal token, for `Cut.parse`; empty
             if it was too long to tell.
         brought: How many changes the checkpoint had that nobody else had told.
+        left: The documents of which it has changes that nobody who was up could bring: nobody takes
+            part in them, or may hand out the snapshot that they are in (role ``s``), or who died
+            might not.
     """
 
     agent: str
@@ -211,6 +214,25 @@ class AgentRecovered(Event):
     checkpoint: str
     version: str
     brought: int
+    left: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptionPassed(Event):
+    """An agent that died was to be taken care of by one that can do so in part only, which leaves
+    the rest to the others: `AgentRecovered` follows.
+
+    Attributes:
+        agent: Who died.
+        by: Who passes it on.
+        checkpoint: The id of its checkpoint.
+        left: The documents of which it has something that *by* cannot bring.
+    """
+
+    agent: str
+    by: str
+    checkpoint: str
+    left: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,17 +14,30 @@ import msgpack
 from crdtstate.authors import Authors
 from crdtstate.change import CARD_BYTES_MAX, Change, decode_head
 from crdtstate.errors import InvalidUpdate
+from crdtstate.values import VALUE_BYTES_MAX
 
 DOCUMENT = "@forks"
 PROOFS = "proofs"
 
 FORMAT = 1
-PROOF_BYTES_MAX = 4 * 2**20
+PROOF_BYTES_MAX = VALUE_BYTES_MAX - 8
+"""A proof is a value of a map. Any two changes fit, whatever they name: else who lies would name so
+much that nobody could say so."""
 
 
-def key_of(change: Change) -> str:
-    """Where a proof about a change's writer stands in `PROOFS`."""
-    return f"{change.writer:x}/{change.document}"
+def key_of(document: str, writer: int) -> str:
+    """Where a proof about a writer stands in `PROOFS`."""
+    return f"{writer:x}/{document}"
+
+
+def place_of(key: str) -> tuple[str, int] | None:
+    """The document and writer of a key in `PROOFS`; None if it is none."""
+    number, _, document = key.partition("/")
+    try:
+        writer = int(number, 16)
+    except ValueError:
+        return None
+    return (document, writer) if key_of(document, writer) == key else None
 
 
 def has_forked(one: Change, other: Change) -> bool:
@@ -49,6 +62,11 @@ def card_of(proof: bytes) -> bytes:
     return card
 
 
+def is_shared(proof: bytes) -> bool:
+    """Whether a proof that was decoded is about a document of native types."""
+    return decode_head(msgpack.unpackb(proof)[1]).shared
+
+
 def decode(data: object, authors: Authors) -> tuple[str, int, str]:
     """Read a proof that may come from anybody: (document, writer, agent).
 
@@ -58,7 +76,9 @@ def decode(data: object, authors: Authors) -> tuple[str, int, str]:
     if type(data) is not bytes or len(data) > PROOF_BYTES_MAX:
         raise InvalidUpdate("a proof of the wrong shape")
     try:
-        fields = msgpack.unpackb(data, use_list=False)
+        fields = msgpack.unpackb(
+            data, use_list=False, max_array_len=4, max_map_len=0, max_ext_len=0
+        )
     except Exception as exc:
         raise InvalidUpdate(f"a proof is not valid msgpack: {exc}") from exc
     if type(fields) is not tuple or len(fields) != 4 or fields[0] != FORMAT:

@@ -6,6 +6,10 @@ something was committed, how far the writers concerned have come; when it connec
 fingerprint has differed for long without a reason, it is told everything. So the loss of any HAVE
 heals, and so does what a bug broke. A peer whose fingerprint is ours has all that we have, and
 counts as having said so.
+
+What a peer says to have takes room before anything of it is here, and anybody can make up names. So
+there is room for a bounded number of documents that are not here, for each connection, and it goes
+with the connection; no place among a replica's documents is taken before there is one.
 """
 
 from __future__ import annotations
@@ -15,10 +19,17 @@ from collections.abc import Callable, Collection, Mapping
 from crdtstate import wire
 from crdtstate.clock import Version
 from crdtstate.config import Config
+from crdtstate.documents import SYSTEM_DOCUMENTS
+from crdtstate.errors import ProtocolError
 from crdtstate.ledger import Ledger
 from crdtstate.link import MISMATCH_QUIET, MISMATCHES_MAX, Link
 from crdtstate.mesh import Mesh
 from crdtstate.outbox import Lane
+
+UNHEARD_MAX = 10_000
+UNHEARD_BEATS = 120
+"""Documents that are not here, of which one peer may tell at a time; and heartbeats after which at
+least one of so many has to have come."""
 
 
 class Haves:
@@ -47,6 +58,31 @@ class Haves:
         self._ids = ids
         # When to call `flush`; None while there is nothing to tell.
         self.flush_at: float | None = None
+
+    # Hearing
+
+    def has_room(self, link: Link, name: str, now: float) -> bool:
+        """Whether to remember what a peer says to have of a document. Of those that are not here
+        there is room for so many at a time; what is not remembered is told again (`compare`).
+
+        Raises:
+            ProtocolError: It tells of more and more, and for long none of them has come.
+        """
+        here = self._ledger.pages
+        if name in here or name in link.unheard or name in SYSTEM_DOCUMENTS:
+            return True
+        if len(link.unheard) >= UNHEARD_MAX and now >= link.full_until:
+            link.full_until = now + self._config.heartbeat
+            link.unheard = {each for each in link.unheard if each not in here}
+        if len(link.unheard) < UNHEARD_MAX:
+            link.unheard.add(name)
+            link.full_since = None
+            return True
+        if link.full_since is None:
+            link.full_since = now
+        if now - link.full_since > UNHEARD_BEATS * self._config.heartbeat:
+            raise ProtocolError(f"tells of {UNHEARD_MAX} documents and more, and none has come")
+        return False
 
     # News
 
@@ -88,14 +124,15 @@ class Haves:
 
     # Everything
 
-    def tell_all(self, link: Link) -> None:
-        """Tell a peer all that is committed."""
+    def tell_all(self, link: Link, lane: Lane = Lane.LIVE) -> None:
+        """Tell a peer all that is committed. Who has just come is told before anything else is said
+        or asked: it may write as a writer that it drew a second time (`authors`)."""
         for name in sorted(self._ledger.pages):
             if link.takes(name):
                 link.dirty.pop(name, None)
                 committed = self._ledger.committed(name)
                 frame = wire.Have(name, committed, True, self._ids(name, committed))
-                self._push(link, wire.encode_frame(frame), Lane.LIVE)
+                self._push(link, wire.encode_frame(frame), lane)
 
     def compare(
         self, link: Link, mine: int, theirs: int, before: tuple[int, int, int, int] | None

@@ -28,7 +28,7 @@ somebody tries again).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Literal, NamedTuple
 
 from crdtstate.board import Board
@@ -52,8 +52,7 @@ class Judge:
         board: Where they stand.
         agent: Whose.
         role: ``"agent"`` or ``"relay"``.
-        controllers: Who may command; None: everybody,
-        is_controller: of those whose certificates say so.
+        controllers: Who may command; None: everybody of those that the board believes.
     """
 
     def __init__(
@@ -62,13 +61,11 @@ class Judge:
         agent: str,
         role: str,
         controllers: Collection[str] | None,
-        is_controller: Callable[[str], bool] = lambda agent: True,
     ) -> None:
         self._board = board
         self._agent = agent
         self._role = role
         self._controllers = controllers
-        self._is_controller = is_controller
         # Exclusive commands that were accepted here, and may not be over.
         self._accepted: set[str] = set()
         self._is_fresh = False
@@ -83,10 +80,11 @@ class Judge:
     def _judge(self, command: Command, own: Answer | None, now_ms: int) -> Step:
         if own is not None and own.is_final:
             return Step("done")
+        # Also of one that was started: somebody may have written over it.
+        if command.verb != SHARE and self._is_stranger(command):
+            return Step("refuse", "not a controller")
         if own is not None and own.state == "started":
             return Step("resume")
-        if command.verb != SHARE and self._is_stranger(command.by):
-            return Step("refuse", "not a controller")
         declined = own.reason if own is not None and own.state == "declined" else ""
         if command.state == "withdrawn":
             return Step("refuse", declined or "withdrawn")
@@ -96,10 +94,10 @@ class Judge:
             return self._judge_exclusive(command, own, now_ms)
         return Step("run")
 
-    def _is_stranger(self, agent: str) -> bool:
-        if self._controllers is not None and agent not in self._controllers:
+    def _is_stranger(self, command: Command) -> bool:
+        if self._controllers is not None and command.by not in self._controllers:
             return True
-        return not self._is_controller(agent)
+        return not self._board.may_command(command)
 
     def _judge_exclusive(self, command: Command, own: Answer | None, now_ms: int) -> Step:
         if command.state == "going":

@@ -18,6 +18,9 @@ MISMATCHES_MAX = 30
 before all is named anew; one at which neither side has changed since the one before counts as
 ten."""
 
+ALLOWED_MAX = 100_000
+"""Documents of which is remembered whether the other side may have them."""
+
 
 class Rival(NamedTuple):
     """Another session that says hello as the writer of a link that stands: *since* when, and
@@ -69,6 +72,14 @@ class Link:
     certificate: Certificate | None = None
     # (document, writer) of whom it has another change than is here, and was asked for it.
     forks: set[tuple[str, int]] = field(default_factory=set)
+    # Document -> until when it is doubtful whose our writer is: it was said once that there is
+    # more of it, or something else, than is here.
+    doubted: dict[str, float] = field(default_factory=dict)
+    # Documents that it has told of and that were not here then; since when there is no room for
+    # more, and when to look again whether there is.
+    unheard: set[str] = field(default_factory=set)
+    full_since: float | None = None
+    full_until: float = 0.0
     # Document -> whether the certificate lets the other side have it.
     allowed: dict[str, bool] = field(default_factory=dict)
 
@@ -103,12 +114,19 @@ class Link:
             return True
         found = self.allowed.get(document)
         if found is None:
+            if len(self.allowed) >= ALLOWED_MAX:
+                self.allowed.clear()
             found = self.allowed[document] = self.certificate.allows(FORWARD, document)
         return found
 
     def may_hand(self, document: str) -> bool:
         """Whether the other side is believed when it hands over a snapshot of a document."""
         return self.certificate is None or self.certificate.allows(SNAPSHOT, document)
+
+    def doubts(self, document: str, now: float) -> bool:
+        """Whether nothing of a document is to be sent to the other side yet, lest two changes get
+        about that are one writer's and do not fit."""
+        return self.doubted.get(document, now) > now
 
     @property
     def is_visitor(self) -> bool:

@@ -47,7 +47,7 @@ from crdtstate.past import (
 from crdtstate.rewrite import Dots, Kept, Reverted, RunTrace, Step, restoring
 from crdtstate.stores import Store
 from crdtstate.sync import Sync
-from crdtstate.votes import VOTES
+from crdtstate.votes import ELECTORATE, VOTES
 
 PORTION = 256 * 1024
 """Bytes of changes that are read from the store at a time."""
@@ -128,7 +128,7 @@ class Lookback:
         names = _check_names(documents)
         if names is not None:
             # They decide what is read where values conflict.
-            names.append(VOTES)
+            names += [VOTES, ELECTORATE]
         if isinstance(point, Cut):
             return await self._rebuild(point, names)
         if not isinstance(point, (Checkpoint, str)):
@@ -275,7 +275,7 @@ class Lookback:
 
     def _past(self) -> Past:
         past = Past(self._hiding)
-        past.may_rule = self._documents.may_rule
+        past.may_rule, past.scheme = self._documents.may_rule, self._documents.scheme
         return past
 
     def _hiding(self, name: str) -> Hiding | None:

@@ -104,7 +104,7 @@ class LoadedDocument(NamedTuple):
     """One document as a checkpoint gives it back.
 
     Attributes:
-        snapshot: For `Snapshot.decode`.
+        snapshot: For `Snapshot.decode`; empty if it is not to be believed.
         changes: What came after it, for `decode_change`, in an order in which they can be applied.
     """
 

@@ -22,6 +22,7 @@ from crdtstate import sharing, verbs
 from crdtstate.board import Board
 from crdtstate.commands import (
     COMMANDS,
+    COMMANDS_MAX,
     CONTROL,
     OWN_BYTES_MAX,
     PASSING,
@@ -139,10 +140,8 @@ class Docket:
 
     def __init__(self, home: Replica) -> None:
         self._home = home
-        self.board = Board(home)
-        self._judge = Judge(
-            self.board, home.agent, home.role, home.config.controllers, home.is_controller
-        )
+        self.board = Board(home, home.may_command)
+        self._judge = Judge(self.board, home.agent, home.role, home.config.controllers)
         self._served: dict[str, Served] = {
             verb: Served(_own(handler, home), True) for verb, handler in verbs.VERBS.items()
         }
@@ -157,8 +156,8 @@ class Docket:
         self.awaited: set[str] = set()
         # Keys of results that came, for events.
         self._told: list[str] = []
-        # Ids that were there when it was opened.
-        self._found: set[str] = set()
+        # What is in others' names and was told, or stood there at first: (id, writer).
+        self._forged: dict[tuple[str, int], None] = {}
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._opened_at = 0.0
@@ -171,7 +170,8 @@ class Docket:
         """Begin."""
         self._opened_at = asyncio.get_running_loop().time()
         self._sweep_at = self._opened_at + RETRY
-        self._found = set(self._open)
+        for id in self._open:
+            self._forged.update(((id, writer), None) for writer, _, _ in self.board.forged(id))
         self._told.clear()
         self._task = self._home._spawn(self._run(), "commands")
 
@@ -233,6 +233,7 @@ class Docket:
         self._tell_results(now)
         delay = LOOK_EVERY
         for id in [id for id in self._open if id not in self._running]:
+            self._note_forged(id)
             step, command = self._judge.judge(id, now_ms)
             if step.what == "wait" and command is not None:
                 delay = min(delay, (command.expires_ms - now_ms) / 1000)
@@ -249,7 +250,6 @@ class Docket:
 
     def _take(self, step: Step, id: str, command: Command | None) -> None:
         if command is None:
-            self._note_forged(id)
             return
         match step.what:
             case "accept":
@@ -289,10 +289,12 @@ class Docket:
         return LOOK_EVERY
 
     def _note_forged(self, id: str) -> None:
-        forged = self.board.forged(id)
-        if forged is not None and id not in self._found:
-            self._found.add(id)
-            self._home._record_command(forged[0], f"{id}: refused: in the name of {forged[1]}")
+        for writer, agent, name in self.board.forged(id):
+            if (id, writer) not in self._forged:
+                self._forged[id, writer] = None
+                self._home._record_command(agent, f"{id}: refused: in the name of {name}")
+        while len(self._forged) > COMMANDS_MAX:
+            del self._forged[next(iter(self._forged))]
 
     def _tell_results(self, now: float) -> None:
         told, self._told = self._told, []

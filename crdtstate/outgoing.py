@@ -43,6 +43,8 @@ class Outgoing:
         self._spread_at = 0.0
         # How many changes were sent, each counted for every peer.
         self.copies = 0
+        # Documents of which own changes were sent to anybody.
+        self.left: set[str] = set()
 
     def add(self, change: Change, source: Link | None) -> None:
         """Send a change on; *source* is the link that it came from."""
@@ -73,7 +75,7 @@ class Outgoing:
             chosen = tuple(
                 index
                 for index, (change, source) in enumerate(changes)
-                if _may_lack(link, change, source, mesh)
+                if _may_lack(link, change, source, mesh) and not link.doubts(change.document, now)
             )
             if not chosen:
                 continue
@@ -84,6 +86,8 @@ class Outgoing:
             self.copies += len(chosen)
             for frame in frames:
                 self._push(link, frame, Lane.LIVE)
+        if peers:
+            self.left.update(change.document for change, source in changes if source is None)
         pause = min(max(0, peers - SPREAD_FREE) * SPREAD_EACH, SPREAD_MAX)
         self._spread_at = now + pause
 

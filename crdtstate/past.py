@@ -207,7 +207,7 @@ class PastDocument(Document):
                 return
         except EngineFailure as exc:
             raise InvalidUpdate(f"a snapshot of {self.name!r} cannot be loaded: {exc}") from exc
-        self.rules, self.lanes.hiding = self._hear(snapshot)
+        self.rules, self.lanes.hiding = self._withholding.hear(snapshot)
         self.index.load(snapshot.state, snapshot.version)
         self.version, self.heads = snapshot.version.copy(), dict(snapshot.heads)
         self.stamp, self.agents = snapshot.stamp, dict(snapshot.agents)

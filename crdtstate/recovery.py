@@ -13,7 +13,7 @@ import asyncio
 import inspect
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -174,6 +174,7 @@ class Ladder:
         is_own: Whether this replica may go on as a writer that has this card.
         vouch: Gives a snapshot of a checkpoint the names of its writers that are proven, or raises
             InvalidUpdate. What lies in the store was taken in by that rule.
+        draw: Another writer in place of *fresh*, should somebody have written as that one.
     """
 
     def __init__(
@@ -190,6 +191,7 @@ class Ladder:
         has_peers: bool,
         is_own: Callable[[int, bytes], bool] = lambda writer, card: True,
         vouch: Vouch = lambda snapshot: snapshot,
+        draw: Callable[[], int] | None = None,
     ) -> None:
         self._documents = documents
         self._fresh = fresh
@@ -202,6 +204,7 @@ class Ladder:
         self._has_peers = has_peers
         self._is_own = is_own
         self._vouch = vouch
+        self._draw = draw
         # What the tiers say is the newest, once they were asked.
         self._newest: Manifest | None = None
         self._has_looked = False
@@ -329,6 +332,11 @@ class Ladder:
         stored = self._read(store)
         if self._writer != self._fresh and not self._is_own(self._writer, self._card()):
             # Nothing was written as that one, or in another mesh, or with another key.
+            is_kept = False
+            self._begin(self._fresh)
+            stored = self._read(store)
+        while not is_kept and self._draw is not None and _has(stored, self._writer):
+            self._fresh = self._draw()
             self._begin(self._fresh)
             stored = self._read(store)
         newest = await self._look() if self._config.recover else None
@@ -665,6 +673,10 @@ def _join(documents: DocumentSet, loaded: LoadedDocument, vouch: Vouch) -> None:
     documents.find_or_make(loaded.name, snapshot.shared).join(snapshot)
     for data in loaded.changes:
         documents.load_change(loaded.name, data)
+
+
+def _has(versions: Mapping[str, Version], writer: int) -> bool:
+    return any(writer in version for version in versions.values())
 
 
 def _left(exc: Exception, path: str | None) -> CRDTStateError:

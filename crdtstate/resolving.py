@@ -11,15 +11,17 @@ from datetime import datetime
 from typing import Any, Literal
 
 from crdtstate.audit import KINDS, Query, Record
+from crdtstate.certificates import WRITE
 from crdtstate.config import Config
 from crdtstate.conflict import Conflict
 from crdtstate.documents import DocumentSet
-from crdtstate.errors import StoreError, UsageError
+from crdtstate.errors import CRDTStateError, NotAllowed, StoreError, UsageError
 from crdtstate.events import ConflictFound
+from crdtstate.link import takes
 from crdtstate.membership import Member, rendezvous
 from crdtstate.slots import SEPARATOR
 from crdtstate.stores import Store
-from crdtstate.votes import Electorate
+from crdtstate.votes import ELECTORATE, Electorate
 
 log = logging.getLogger("crdtstate")
 
@@ -30,10 +32,19 @@ class Resolving(DocumentSet):
     config: Config
     role: Literal["agent", "relay"]
     _store: Store
+    _subscribe: tuple[str, ...] | None
     _state: Literal["new", "checking", "open", "closed"]
 
     def members(self) -> list[Member]:
         """All known members of the mesh, this one included, by name."""
+        raise NotImplementedError
+
+    def is_controller(self, agent: str) -> bool:
+        """Whether an agent may command, by its certificate; where there are none, everybody."""
+        raise NotImplementedError
+
+    def _may_write(self, document: str) -> bool:
+        """Whether this replica may write a document."""
         raise NotImplementedError
 
     def _settle(self) -> None:
@@ -47,19 +58,39 @@ class Resolving(DocumentSet):
         voted before. It counts where the strategy is ``"vote"``: the value that more than half
         of `Config.voters` voted for is read on all replicas, from when they have the votes; else
         the last write. It counts for these candidates only: with another one it is another
-        conflict, and all are asked anew. See `crdtstate.votes`.
+        conflict, and all are asked anew. In a mesh with certificates the voters are those of a
+        controller, whatever this replica's `Config` says. See `crdtstate.votes`.
 
         Raises:
-            UsageError: It would not count: no voters are configured, or this agent is none of
+            NotAllowed: This replica may not write the document.
+            UsageError: It would not count: there are no voters, or this agent is none of
                 them; the strategy is another; *value* is none of the candidates; they are not
                 what conflicts there now; `Config.vote_deadline` has passed. Nothing changed.
         """
         self._check_usable()
-        config = self.config
-        if not config.voters:
+        found, own = _as_conflict(conflict), self._own_electorate()
+        if own is None and not self.polls.are_certified:
             raise UsageError("a vote needs voters: give all replicas the same Config(voters=[...])")
-        electorate = Electorate.of(config.voters, config.vote_deadline)
-        self.polls.cast(_as_conflict(conflict), value, electorate)
+        if not self._may_write(found.document):
+            raise NotAllowed(self.agent, WRITE, found.document)
+        self.polls.cast(found, value, own)
+
+    def _own_electorate(self) -> Electorate | None:
+        """Who votes, if this replica has a say in that."""
+        config = self.config
+        if not config.voters or not self.is_controller(self.agent):
+            return None
+        return Electorate.of(config.voters, config.vote_deadline)
+
+    def _tell_electorate(self) -> None:
+        """Where there are certificates, a controller says who votes before anybody does."""
+        own = self._own_electorate()
+        if own is None or not self.polls.are_certified or not takes(self._subscribe, ELECTORATE):
+            return
+        try:
+            self.polls.tell(own)
+        except CRDTStateError as exc:
+            log.warning("%s: nobody can be told who votes: %s", self.agent, exc)
 
     def resolve(self, conflict: Conflict | ConflictFound, value: Any) -> None:
         """Write *value* over the candidates of *conflict*, as a resolution. For who has decided

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from crdtstate.authors import Authors
 from crdtstate.certificates import CONTROL, MESH, Certificate, is_valid_at
 from crdtstate.commands import CONTROL as CONTROL_DOCUMENT
+from crdtstate.commands import Command
 from crdtstate.credentials import Credentials
 from crdtstate.documents import DocumentSet
 from crdtstate.errors import InvalidRevocation, InvalidUpdate, NotAllowed, UsageError
@@ -61,6 +62,29 @@ class Revoking(DocumentSet):
     def revocations(self) -> list[Revocation]:
         """Who was revoked, oldest first."""
         return self._standing.revocations
+
+    def may_command(self, command: Command) -> bool:
+        """Whether who wrote a command might, then: by the certificate of the lane that it stands
+        in, not by any other that the same name has. Where there are none, everybody."""
+        if not self._authors.have_cards:
+            return True
+        document = self.find(CONTROL_DOCUMENT)
+        card = document.cards.get(command.writer) if document is not None else None
+        if card is None:
+            # Not sealed yet, or from before there was a mesh.
+            own = self._credentials.certificate
+            is_own = command.writer == self._writer and own is not None
+            found = own if is_own else None
+        else:
+            try:
+                found = self._authors.certificate(command.writer, card)
+            except InvalidUpdate:
+                return False
+        if found is None or found.agent != command.by or not found.is_controller:
+            return False
+        if self._standing.is_revoked(found):
+            return False
+        return is_valid_at(found, command.stamp.wall_ms)
 
     def is_controller(self, agent: str) -> bool:
         """Whether an agent may command, by its certificate; where there are none, everybody."""

@@ -8,6 +8,14 @@ and for how long. A replica that is told to vote writes its `Config.voters` and
 who voted last count, for all. So a relay, a page or a command
 line, which have no such settings, read what the voters read.
 
+**In a mesh with certificates** members are not believed about who votes. The electorate stands in a
+document that only controllers write, ``@electorate``, and nowhere else: a controller with
+`Config.voters` says it when it opens and when it votes, and of several the newest counts. A vote
+counts if its voter may write the document that it is about, by the newest card of the lane that the
+vote stands in. No settings of who reads take part in that, as they may differ: both documents, with
+the cards, replicate. So there must be a controller; until one has said who votes, nobody can, and
+the last write wins.
+
 **Which conflict.** A poll is named by document, place and the *dots* of all candidates. Whoever
 sees one candidate more, or one less, sees another poll: a vote counts only for exactly the choice
 that its voter had before him. Overlapping conflicts ({a, b} here, {b, c} there, {a, b, c} once
@@ -30,8 +38,8 @@ replicated content, so replicas of equal versions read the same, whatever came f
   if voters change their minds in time, to what another majority says. It is final once somebody
   writes over the conflict (`resolve`), and not before.
 
-A vote counts only from a lane of the agent it is for: others cannot vote in its name by mistake.
-(By intent they can, until changes are signed.)
+A vote counts only from a lane of the agent it is for: others cannot vote in its name by mistake,
+and where changes are signed not by intent. They can take its vote away, as whoever resolves does.
 
 **What is left.** Who writes over a conflict removes its votes. Some come later, from those who had
 not heard of it yet; each vote that is cast sweeps a few dozen others, and removes those that can
@@ -43,11 +51,14 @@ take it back.) So ``@votes`` holds the votes on open conflicts, and a few.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from crdtstate.certificates import WRITE, Certificate, read_certificate
+from crdtstate.change import CARD_HEAD, SIGNED
 from crdtstate.clock import COUNTER_BITS, Dot, Stamp
 from crdtstate.conflict import VOTE, Candidate, Conflict, Decision, Vote, decide, poll, same
-from crdtstate.errors import UsageError
+from crdtstate.errors import InvalidCertificate, UsageError
 from crdtstate.values import pack
 
 if TYPE_CHECKING:
@@ -56,6 +67,11 @@ if TYPE_CHECKING:
 
 VOTES = "@votes"
 """The document in which votes stand."""
+
+ELECTORATE = "@electorate"
+"""The document in which controllers say who votes, where there are certificates."""
+
+RULES, BALLOTS = "rules", "ballots"
 
 SWEEP = 64
 """Votes that are looked at, to see whether they can go, for each one that is cast."""
@@ -132,6 +148,7 @@ class Documents(Protocol):
     """What `Polls` needs of a `DocumentSet`."""
 
     agent: str
+    scheme: int
 
     def find(self, name: str) -> Document | None:
         """The document *name* if there is one."""
@@ -154,17 +171,38 @@ class Polls:
         # Keys of votes that `cast` has not looked at in this round.
         self._unswept: list[str] = []
 
-    def _book(self, name: str) -> Map | None:
+    def _book(self, name: str, document: str = VOTES) -> Map | None:
         """A map of the document of votes, if there is that document."""
-        book = self._documents.find(VOTES)
+        book = self._documents.find(document)
         return None if book is None or book.shared else book.map(name)
+
+    @property
+    def are_certified(self) -> bool:
+        """Whether it counts what certificates say of who votes. Who only reads what others wrote
+        sees it by their cards."""
+        if self._documents.scheme == SIGNED:
+            return True
+        return any(book is not None and book.cards for book in map(self._documents.find, _BOOKS))
+
+    def _certificate(self, document: str, writer: int) -> Certificate | None:
+        """The newest certificate of a writer in a document, which was checked when it came."""
+        book = self._documents.find(document)
+        card = book.cards.get(writer) if book is not None else None
+        if card is None and book is not None and writer == book.writer and book.prover is not None:
+            # The first own change is not sealed yet.
+            card = book.prover.card
+        return _read(card[CARD_HEAD:]) if card else None
 
     # Reading
 
     def electorate(self) -> Electorate | None:
-        """Who votes, as it stands in ``@votes``."""
-        rules = self._book("rules")
+        """Who votes, as it is told."""
+        document = ELECTORATE if self.are_certified else VOTES
+        rules = self._book(RULES, document)
         found = rules.live("electorate") if rules is not None else []
+        if document == ELECTORATE:
+            told = ((each, self._certificate(document, each.writer)) for each in found)
+            found = [each for each, by in told if by is not None and by.is_controller]
         match found[-1].value if found else None:
             case [int(deadline_ms), *voters] if 0 < deadline_ms <= DEADLINE_MS_MAX:
                 if 0 < len(voters) <= VOTERS_MAX and all(type(v) is str for v in voters):
@@ -175,15 +213,23 @@ class Polls:
         self, document: str, container: str, key: str, candidates: Sequence[Candidate]
     ) -> Decision:
         """What is read where *candidates* (oldest first) conflict and votes decide."""
-        ballots, electorate = self._book("ballots"), self.electorate()
+        ballots, electorate = self._book(BALLOTS), self.electorate()
         if ballots is None or electorate is None:
             return decide(VOTE, candidates)
         name = poll(document, container, key, (candidate.dot for candidate in candidates))
-        return count(candidates, _cast_in(ballots, name, electorate.voters), electorate)
+        cast = _cast_in(ballots, name, electorate.voters)
+        if self.are_certified:
+            cast = (each for each in cast if self._may_vote(each.writer, document))
+        return count(candidates, cast, electorate)
+
+    def _may_vote(self, writer: int, document: str) -> bool:
+        """Whether who has a lane in ``@votes`` may write a document."""
+        found = self._certificate(VOTES, writer)
+        return found is not None and found.allows(WRITE, document)
 
     def vote_at(self, key: str) -> tuple[Dot, tuple[str, str, str]] | None:
         """What the vote at *key* of the ballots is for, and about: document, container, key."""
-        ballots = self._book("ballots")
+        ballots = self._book(BALLOTS)
         for candidate in reversed(ballots.live(key) if ballots is not None else []):
             if (parsed := _parse(candidate.value)) is not None:
                 return parsed[:2]
@@ -191,23 +237,39 @@ class Polls:
 
     def places(self) -> set[tuple[str, str, str]]:
         """What there are votes about: document, container, key."""
-        ballots = self._book("ballots")
+        ballots = self._book(BALLOTS)
         found = (self.vote_at(key) for key in ballots or ())
         return {vote[1] for vote in found if vote is not None}
 
     # Voting
 
-    def cast(self, conflict: Conflict, value: Any, electorate: Electorate) -> None:
+    def tell(self, electorate: Electorate) -> None:
+        """Say who votes, unless that is what is told. Where there are certificates, a controller
+        does. Raises NotAllowed."""
+        if electorate != self.electorate():
+            book = self._documents.system_document(ELECTORATE if self.are_certified else VOTES)
+            book.map(RULES)["electorate"] = [electorate.deadline_ms, *electorate.voters]
+
+    def cast(self, conflict: Conflict, value: Any, own: Electorate | None) -> None:
         """Vote for *value* in *conflict*, in place of what this agent voted before.
+
+        Args:
+            own: Who votes; None if this agent has no say in that.
 
         Raises:
             UsageError: It would not count; says why. Nothing changed.
         """
         documents, agent = self._documents, self._documents.agent
         where = f"{conflict.document}: {conflict.path}"
+        electorate = own or self.electorate()
+        if electorate is None:
+            raise UsageError(
+                f"{where}: nobody has said who votes; in a mesh with certificates a controller "
+                "does, whose replica is opened with Config(voters=[...])"
+            )
         if agent not in electorate.voters:
             voters = ", ".join(electorate.voters)
-            raise UsageError(f"{agent!r} has no vote: it is not among Config.voters ({voters})")
+            raise UsageError(f"{agent!r} has no vote: it is not among the voters ({voters})")
         document = documents.find(conflict.document)
         if document is not None:
             documents.seal_now(document)
@@ -227,19 +289,18 @@ class Polls:
                 "(Config.vote_deadline); resolve() it"
             )
         book = documents.system_document(VOTES)
-        if electorate != self.electorate():
-            book.map("rules")["electorate"] = [electorate.deadline_ms, *electorate.voters]
+        self.tell(electorate)
         flat = [number for dot in sorted(conflict.dots) for number in dot]
         name = poll(conflict.document, container, conflict.key, conflict.dots)
         place = [conflict.document, container, conflict.key]
-        book.map("ballots")[f"{name}/{agent}"] = [*choice.dot, *place, flat]
+        book.map(BALLOTS)[f"{name}/{agent}"] = [*choice.dot, *place, flat]
         self._sweep()
 
     # Cleaning
 
     def remove(self, conflict: Conflict) -> None:
         """Remove the votes in *conflict*, which was resolved."""
-        ballots, electorate = self._book("ballots"), self.electorate()
+        ballots, electorate = self._book(BALLOTS), self.electorate()
         if ballots is None or electorate is None:
             return
         container = conflict.kind[0] + conflict.name
@@ -249,7 +310,7 @@ class Polls:
 
     def _sweep(self) -> None:
         """Look at a few votes, and remove those that can never count again."""
-        ballots = self._book("ballots")
+        ballots = self._book(BALLOTS)
         assert ballots is not None
         if not self._unswept:
             self._unswept = list(ballots)
@@ -270,6 +331,17 @@ class Polls:
             return False
         live = document.live_dots(container, key)
         return any(document.version.covers(dot) and dot not in live for dot in dots)
+
+
+_BOOKS = (VOTES, ELECTORATE)
+
+
+@lru_cache(maxsize=1000)
+def _read(data: bytes) -> Certificate | None:
+    try:
+        return read_certificate(data)
+    except InvalidCertificate:
+        return None
 
 
 def _drop(ballots: Map, key: str) -> None:

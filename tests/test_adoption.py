@@ -13,6 +13,7 @@ import pytest
 from harness import asynchronous
 
 from crdtstate import (
+    AdoptionPassed,
     AgentRecovered,
     Config,
     Event,
@@ -25,8 +26,10 @@ from crdtstate import (
     casebook,
 )
 from crdtstate.clock import Cut
+from crdtstate.link import takes
 from crdtstate.membership import rendezvous
 from crdtstate.stores.file import Host, connect
+from tests.fleet_mesh import Mesh
 
 LOCAL = "ws://127.0.0.1:0"
 SOON = Config(adopt_after=0.05, tier_retry=0.05)
@@ -122,7 +125,13 @@ class Fleet:
         async with asyncio.timeout(20):
             for one in self.alive.values():
                 for other in self.alive.values():
-                    await other.wait_for(one.version())
+                    await other.wait_for(self._common(one, other))
+
+    @staticmethod
+    def _common(one: Replica, other: Replica) -> Cut:
+        """What one has of the documents that the other takes part in."""
+        found = one.version()
+        return Cut({name: found[name] for name in found if takes(other._subscribe, name)})
 
 
 async def write_unheard(replica: Replica) -> str:
@@ -291,6 +300,151 @@ async def test_a_fleet_that_dies_at_once_comes_back_with_all_it_had_saved(tmp_pa
         for replica in fleet.alive.values():
             assert dict(replica.map("plan")) == dict.fromkeys(names, 1)
             assert replica.counter("tokens").value == 3
+
+
+# What one cannot bring
+
+
+def drawn(agent: str, *living: str) -> tuple[str, str]:
+    """Of two who takes care of an agent first, and who next."""
+    first = rendezvous(f"adoption of {agent}", living)
+    (second,) = set(living) - {first}
+    return first, second
+
+
+async def die_unheard(fleet: Fleet, *hearers: str) -> tuple[list[Event], list[Event]]:
+    """Let ann write what nobody hears, save it and die; returns what the others hear of that,
+    once one of them has done what there is to do."""
+    told: tuple[list[Event], list[Event]] = ([], [])
+    for name, heard in zip(hearers, told, strict=True):
+        for kind in (AdoptionPassed, AgentRecovered):
+            fleet.alive[name].on(kind, heard.append)
+    await write_unheard(fleet.alive["ann"])
+    waiting = [listening(fleet.alive[name], AgentRecovered) for name in hearers]
+    await fleet.kill("ann")
+    for each in waiting:
+        await each
+    await fleet.same()
+    return told
+
+
+@asynchronous
+async def test_who_may_not_hand_out_snapshots_leaves_it_to_who_may(tmp_path: Path) -> None:
+    first, second = drawn("ann", "bob", "cat")
+    mesh = Mesh()
+    async with Fleet(tmp_path) as fleet:
+        for name, roles in (("ann", "*:rws"), (first, "*:rw"), (second, "*:rws")):
+            await fleet.start(name, mesh=mesh.credentials(name, roles))
+        fleet.alive["ann"].map("plan")["heard"] = 1
+        await fleet.same()
+
+        for told in await die_unheard(fleet, first, second):
+            passed, done = told
+            assert isinstance(passed, AdoptionPassed) and isinstance(done, AgentRecovered)
+            assert (passed.agent, passed.by, passed.left) == ("ann", first, ("main",))
+            assert (done.by, done.brought, done.left) == (second, 1, ())
+            assert done.checkpoint == passed.checkpoint
+
+        for replica in fleet.alive.values():
+            assert dict(replica.map("plan")) == {"heard": 1, "unheard": 1}
+            assert casebook.passed(replica.find(casebook.DOCUMENT), "ann") == {}
+
+
+@asynchronous
+async def test_what_nobody_may_hand_out_is_taken_in_by_nobody_and_named(tmp_path: Path) -> None:
+    mesh = Mesh()
+    async with Fleet(tmp_path) as fleet:
+        for name in ("ann", "bob", "cat"):
+            await fleet.start(name, mesh=mesh.credentials(name, "*:rw"))
+        for told in await die_unheard(fleet, "bob", "cat"):
+            done = told[-1]
+            assert isinstance(done, AgentRecovered)
+            assert (done.brought, done.left) == (0, ("main",))
+        for replica in fleet.alive.values():
+            assert "unheard" not in replica.map("plan")
+            said = replica.document(casebook.DOCUMENT).map(casebook.ADOPTIONS)["ann"]
+            assert said["left"] == ["main"]
+
+
+@asynchronous
+async def test_signed_changes_are_brought_by_who_may_hand_out_nothing(tmp_path: Path) -> None:
+    mesh = Mesh()
+    async with Fleet(tmp_path) as fleet:
+        for name in ("ann", "bob", "cat"):
+            await fleet.start(name, mesh=mesh.credentials(name, "*:rw"))
+        ann = fleet.alive["ann"]
+        # What all have is the base of what they have not.
+        for number in range(200):
+            ann.map("plan")[f"{number}"] = "x" * 100
+        await fleet.same()
+        await ann.checkpoint()
+
+        for told in await die_unheard(fleet, "bob", "cat"):
+            (done,) = told
+            assert isinstance(done, AgentRecovered) and (done.brought, done.left) == (1, ())
+
+        for replica in fleet.alive.values():
+            assert replica.map("plan")["unheard"] == 1 and replica.counter("tokens").value == 5
+
+
+@asynchronous
+async def test_a_document_that_the_first_takes_no_part_in_is_left_to_the_next(
+    tmp_path: Path,
+) -> None:
+    first, second = drawn("ann", "bob", "cat")
+    async with Fleet(tmp_path, "ann") as fleet:
+        await fleet.start(first, subscribe=["main", "@*"])
+        await fleet.start(second)
+        ann = fleet.alive["ann"]
+        mute(ann)
+        ann.document("other").map("plan")["a"] = 1
+
+        done = (await die_unheard(fleet, first, second))[1][-1]
+
+        assert isinstance(done, AgentRecovered) and (done.by, done.left) == (second, ())
+        assert fleet.alive[second].document("other").map("plan")["a"] == 1
+        for replica in fleet.alive.values():
+            assert replica.map("plan")["unheard"] == 1
+
+
+@asynchronous
+async def test_what_is_passed_on_is_forgotten_when_the_agent_is_back(tmp_path: Path) -> None:
+    async with Fleet(tmp_path, "ann", "bob") as fleet:
+        bob = fleet.alive["bob"]
+        bob._adoption._config = Config(adopt_after=3600.0)
+        await fleet.kill("ann")
+        casebook.pass_on(bob, AdoptionPassed("ann", "bob", "", ("main",)))
+        # In another's name it says nothing.
+        casebook.pass_on(bob, AdoptionPassed("ann", "eve", "", ("main",)))
+        assert casebook.passed(bob.find(casebook.DOCUMENT), "ann") == {"bob": {"main"}}
+
+        await fleet.start("ann")
+
+        await bob._wait_until(
+            lambda: not casebook.passed(bob.find(casebook.DOCUMENT), "ann"), "that", 20
+        )
+
+
+@asynchronous
+async def test_what_is_brought_of_a_native_document_is_counted_once_it_was_examined(
+    tmp_path: Path,
+) -> None:
+    async with Fleet(tmp_path, "ann", "bob") as fleet:
+        ann = fleet.alive["ann"]
+        text = ann.document("notes", shared=True).text("body")
+        text += "heard"
+        await fleet.same()
+        mute(ann)
+        for word in (" and", " not"):
+            text += word
+            await ann.durable(timeout=10)
+        recovered = listening(fleet.alive["bob"], AgentRecovered)
+        await ann.checkpoint()
+        await fleet.kill("ann")
+
+        assert (await recovered).brought == 2
+        body = fleet.alive["bob"].document("notes", shared=True).text("body")
+        assert str(body) == "heard and not"
 
 
 # What must not come in again

@@ -87,7 +87,7 @@ def a_bad_proof_keeps_the_good_one_out(patch: pytest.MonkeyPatch) -> None:
 
 @mutant
 def a_proof_stays_with_who_found_it(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Standing, "_publish", lambda self, key, proof: None)
+    patch.setattr(Standing, "_publish", lambda self, name, writer, proof: None)
 
 
 @mutant

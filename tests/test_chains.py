@@ -16,7 +16,7 @@ from harness import Agent
 
 from crdtstate import blocking, cli
 from crdtstate.authors import authors_of
-from crdtstate.change import CHECKSUM, Change, decode_change, encode_change
+from crdtstate.change import CARD_HEAD, CHECKSUM, Change, decode_change, encode_change
 from crdtstate.credentials import open_credentials
 from crdtstate.stores import chains
 from crdtstate.stores.chains import Chains
@@ -175,6 +175,8 @@ def test_a_snapshot_says_who_the_writers_are(token: Path) -> None:
     assert snapshot.cards
     chain = Chains(authors_of(open_credentials(token), None))
     assert list(chain.snapshots([("main", snapshot.encode())])) == []
-    lying = snapshot._replace(cards={w: bytes(8) + c[8:] for w, c in snapshot.cards.items()})
+    size = CARD_HEAD
+    cards = {writer: bytes(size) + card[size:] for writer, card in snapshot.cards.items()}
+    lying = snapshot._replace(cards=cards)
     (problem,) = chain.snapshots([("main", lying.encode())])
     assert "another writer's" in problem

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shlex
+import shutil
 import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -27,6 +29,7 @@ from crdtstate.certificates import (
 from crdtstate.credentials import open_credentials
 from crdtstate.revocations import Revocation, decode_revocation
 from crdtstate.signing import from_text, public_of, show
+from crdtstate.tiers import open_tier
 
 
 class Result(NamedTuple):
@@ -451,3 +454,86 @@ def test_the_help_says_what_is_granted_without_a_word(run: Run) -> None:
 
     assert "Without --roles it may read and write all documents and hand out snapshots" in told
     assert "30d if nothing is said" in told
+
+
+# What is said of who was revoked
+
+
+@pytest.fixture
+def fallen(run: Run, mesh: bytes) -> None:
+    """The store ``ann.db`` with a checkpoint of its own, and a tier with one of ``eve``'s, whose
+    key was revoked: ``ann.db`` knows of that, and has a change of hers that is hidden."""
+    for name in ("ann", "eve"):
+        assert run(f"invite {name} --root mesh.root --roles *:rws --out {name}.join").code == 0
+    assert run("invite boss --root mesh.root --controller --out boss.join").code == 0
+    here = Path.cwd()
+    tier = f"sqlite:///{here}/tier.db"
+    options: dict[str, Any] = {"checkpoints": [tier]}
+    with blocking.Replica(
+        "ann", store="ann.db", mesh=here / "ann.join", listen="ws://127.0.0.1:0"
+    ) as ann:
+        peers = [str(ann.address)]
+        with blocking.Replica("boss", mesh=here / "boss.join", peers=peers) as boss:
+            with blocking.Replica("eve", mesh=here / "eve.join", peers=peers, **options) as eve:
+                eve.map("plan")["a"] = 1
+                eve.synced(timeout=20)
+                boss.wait_for(eve.version(), timeout=20)
+                eve.checkpoint()
+            key = eve._replica._credentials.public
+            boss.revoke(_of_before(here, "eve", key))
+            boss.synced(timeout=20)
+            ann.wait_for(boss.version(), timeout=20)
+        ann.checkpoint()
+
+
+def _of_before(here: Path, agent: str, key: bytes) -> Revocation:
+    """The root's revocation of a key, of which nothing stays."""
+    return read_root(here / "mesh.root").revoke(agent, key, {}, 1, "stolen")
+
+
+def test_a_store_s_verification_says_what_is_hidden_of_who_was_revoked(
+    run: Run, fallen: None
+) -> None:
+    code, out, err = run("verify ann.db --mesh ann.join")
+    assert (code, err) == (0, "")
+    assert re.search(r"^revoked: eve \(key [0-9a-f]{16}\): main: 1 change hidden$", out, re.M)
+    told = json.loads(run("verify ann.db --mesh ann.join --json").out)
+    found = [(each["agent"], each["document"], each["changes"]) for each in told["revoked"]]
+    assert ("eve", "main", 1) in found and {each[0] for each in found} == {"eve"}
+    assert "revoked" not in run("verify ann.db").out
+
+
+def test_checkpoints_of_who_was_revoked_are_said_to_be_that(run: Run, fallen: None) -> None:
+    code, out, err = run("checkpoints verify tier.db --mesh ann.join")
+    assert (code, err) == (0, ""), "nothing there tells"
+    shutil.copy("ann.db", "tier")
+    Path("tier.db").rename("tier.checkpoints")
+
+    # The store beside it does;
+    code, out, err = run("checkpoints verify tier --mesh ann.join")
+    assert code == 1 and re.search(r"^eve .*proven by a key of eve that was, or may be", out, re.M)
+    (line,) = run("checkpoints list tier --mesh ann.join --json").out.splitlines()
+    (found,) = json.loads(line)
+    assert found["proven"] is False
+    code, out, err = run(f"checkpoints diff tier {found['id']} --mesh ann.join")
+    assert code == 1 and "revoked" in err
+
+    # and a checkpoint of somebody who knew.
+    Path("tier").unlink()
+    assert run("checkpoints verify tier.checkpoints --mesh ann.join").code == 0
+    asyncio.run(_copy("ann.db.checkpoints", "tier.checkpoints"))
+    code, out, err = run("checkpoints verify tier.checkpoints --mesh ann.join")
+    told = out.splitlines()
+    assert code == 1 and len(told) == 2
+    assert told[0].startswith("ann ") and told[0].endswith(": intact") and "revoked" in told[1]
+
+
+async def _copy(source: str, target: str) -> None:
+    """Put all of one tier into another."""
+    there, here = [await open_tier(f"sqlite:///{Path.cwd()}/{each}") for each in (source, target)]
+    for item in await there.items(""):
+        data = await there.get(item.key)
+        assert data is not None
+        await here.put(item.key, data)
+    await there.close()
+    await here.close()

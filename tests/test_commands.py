@@ -327,7 +327,39 @@ def test_a_command_is_one_only_from_the_lane_of_its_author() -> None:
         one.receive(change)
 
     assert one.board.find("c1") is None
-    assert one.board.forged("c1") == ("agent-2", "agent-1")
+    assert one.board.forged("c1") == [(2, "agent-2", "agent-1")]
+
+
+def test_one_that_may_command_counts_before_a_newer_one_that_may_not() -> None:
+    one, two = Node(1), Node(2)
+    one.board.put(command(verb="work"))
+    two.board.put(command(verb="harm", by="agent-2"))
+    two.board.put(command(verb="harm", by="agent-2"))
+    for change in two.sealed():
+        one.receive(change)
+    one.sealed()
+    found = one.board.find("c1")
+    assert found is not None and (found.verb, found.writer) == ("harm", 2)
+
+    one.board.may_command = lambda command: command.by == "agent-1"
+
+    found = one.board.find("c1")
+    assert found is not None and (found.verb, found.writer) == ("work", 1)
+
+
+def test_what_was_begun_is_not_taken_up_again_as_somebody_else_wants_it() -> None:
+    one, two = Node(1), Node(2)
+    one.board.put(command())
+    one.look(2000)
+    assert one.begun == ["c1"]
+    for change in one.sealed():
+        two.receive(change)
+    two.board.put(command(verb="harm", by="agent-2"))
+    for change in two.sealed():
+        one.receive(change)
+    one.board.may_command = lambda command: command.by == "agent-1"
+
+    assert one.judge.judge("c1", 2000)[0] == Step("refuse", "not a controller")
 
 
 def test_a_result_counts_only_from_the_lane_of_its_agent() -> None:

@@ -25,6 +25,7 @@ from crdtstate.lanes import Lanes
 from crdtstate.past import Past
 from crdtstate.slots import Slot, candidates
 from crdtstate.values import pack, unpack
+from crdtstate.withholding import PRUNE_MIN
 
 KEYS = ("a", "b", "c")
 HOSTILE = 3
@@ -323,7 +324,7 @@ def test_what_was_refused_and_written_over_by_its_writer_is_forgotten() -> None:
     for number in range(1000):
         lawless.map("plan")["a"] = number
         give(honest, seal(lawless, "bad"))
-        assert len(honest.hiding.refused[HOSTILE]) <= document_module.PRUNE_MIN
+        assert len(honest.hiding.refused[HOSTILE]) <= PRUNE_MIN
     assert [dot.seq for dot, _ in honest.withheld()] == [1000]
     assert len(honest.hiding.refused[HOSTILE]) == 1
 

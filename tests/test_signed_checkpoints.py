@@ -31,7 +31,7 @@ from crdtstate.errors import (
     CorruptCheckpoint,
     UnknownCheckpoint,
 )
-from crdtstate.events import CheckpointDamaged
+from crdtstate.events import CheckpointDamaged, PeerRejected, SnapshotReceived
 from crdtstate.manifest import (
     Entry,
     Manifest,
@@ -306,10 +306,12 @@ async def test_of_others_only_what_they_may_hand_out_is_taken(tmp_path: Path) ->
     async with replica("ann", url, mesh.credentials("ann")) as ann:
         theirs = await ann._checkpoints.of("bob")
         ((checkpoint, loaded),) = [each async for each in theirs.newest()]
-        assert [each.name for each in loaded] == ["team/x"]
+        are_whole = {each.name: bool(each.snapshot) for each in loaded}
+        assert are_whole == {"main": False, "team/x": True}
         assert checkpoint.version.keys() == {"team/x"} and checkpoint.is_proven
         hers = await ann._checkpoints.of("eve")
-        assert [each async for each in hers.newest()] == []
+        ((_, loaded),) = [each async for each in hers.newest()]
+        assert [(each.snapshot, each.changes) for each in loaded] == [(b"", [])]
         (id,) = hers.manifests
         with pytest.raises(CorruptCheckpoint, match="eve may not hand out snapshots of what"):
             await hers.load(id)
@@ -323,8 +325,9 @@ async def test_a_dead_agents_checkpoint_is_adopted_as_far_as_it_may(tmp_path: Pa
         bob.document("team").map("plan")["b"] = 2
         saved = await bob.checkpoint()
     async with replica("ann", url, mesh.credentials("ann")) as ann:
-        found, brought = await ann._adoption._take_newest(await ann._checkpoints.of("bob"))
-        assert found is not None and (found.id, brought) == (saved.id, 1)
+        theirs = await ann._checkpoints.of("bob")
+        found, brought, left = await ann._adoption._take_newest(theirs)
+        assert found is not None and (found.id, brought, left) == (saved.id, 1, ["main"])
         assert dict(ann.document("team").map("plan")) == {"b": 2}
         assert dict(ann.map("plan")) == {}
 
@@ -346,7 +349,7 @@ async def test_nothing_of_who_was_revoked_is_taken(tmp_path: Path) -> None:
         with pytest.raises(CorruptCheckpoint, match=r"a key of eve that was.* revoked"):
             await theirs.load(saved.id)
         again = await reader._checkpoints.of("eve")
-        assert await reader._adoption._take_newest(again) == (None, 0)
+        assert await reader._adoption._take_newest(again) == (None, 0, [])
 
 
 # Words
@@ -629,3 +632,39 @@ def test_commands_look_who_made_them(
     assert code == 0 and "'old'" in out
     with blocking.Replica("ann", store=store, mesh=files["ann"]) as ann:
         assert ann.map("plan")["goal"] == "old"
+
+
+# Snapshots over the wire
+
+
+@pytest.mark.parametrize("roles", ["*:rw", "*:rws"])
+@asynchronous
+async def test_a_snapshot_comes_only_from_who_may_hand_one_out(tmp_path: Path, roles: str) -> None:
+    mesh, store = Mesh(), tmp_path / "eve.db"
+    async with Replica("eve", store=store) as eve:
+        # What was written before there was a mesh can only be told as a snapshot.
+        eve.map("plan")["lie"] = 1
+        await eve.durable()
+    config = quick(heartbeat=0.1)
+    ann = Replica("ann", listen="ws://127.0.0.1:0", mesh=mesh.credentials("ann"), config=config)
+    async with ann:
+        told: asyncio.Queue[Any] = asyncio.Queue()
+        for kind in (PeerRejected, SnapshotReceived):
+            ann.on(kind, told.put_nowait)
+        eve = Replica(
+            "eve",
+            store=store,
+            peers=[str(ann.address)],
+            mesh=mesh.credentials("eve", roles),
+            config=config,
+        )
+        # Her own process cannot keep her from trying.
+        eve._authors.may_hand = lambda document: True  # type: ignore[method-assign]
+        async with eve:
+            event = await asyncio.wait_for(told.get(), 20)
+            if roles == "*:rw":
+                assert isinstance(event, PeerRejected) and "may not" in event.reason
+                assert dict(ann.map("plan")) == {}
+            else:
+                assert isinstance(event, SnapshotReceived)
+                assert dict(ann.map("plan")) == {"lie": 1}

@@ -17,8 +17,10 @@ from crdtstate import Config, Replica
 from crdtstate import votes as votes_module
 from crdtstate.clock import COUNTER_BITS, Dot, Stamp
 from crdtstate.conflict import VOTE, Candidate, Conflict, Decision
-from crdtstate.errors import InvalidUpdate, UsageError
-from crdtstate.votes import VOTES, Ballot, Electorate, count, poll
+from crdtstate.errors import InvalidUpdate, NotAllowed, UsageError
+from crdtstate.stores.file import read_documents, reading
+from crdtstate.votes import ELECTORATE, VOTES, Ballot, Electorate, count, poll
+from tests.fleet_mesh import Members, even
 
 NAMES = ("ann", "bob", "cy", "dan", "eve")
 MINUTE = 60_000
@@ -571,13 +573,6 @@ LOCAL = "ws://127.0.0.1:0"
 CONFIG = Config(voters=["ann", "bob", "cy"], link_timeout=1.0, heartbeat=0.2)
 
 
-async def even(*replicas: Replica) -> None:
-    """Wait until all have what each has."""
-    for replica in replicas:
-        for other in replicas:
-            await other.wait_for(replica.version(), timeout=20)
-
-
 @asynchronous
 async def test_voters_die_and_come_back_and_all_read_the_same(tmp_path: Path) -> None:
     stores = {name: tmp_path / f"{name}.db" for name in CONFIG.voters}
@@ -631,6 +626,120 @@ async def test_without_the_document_of_votes_there_is_no_voting() -> None:
         await ann.wait_for(relay.version(), timeout=20)
         with pytest.raises(UsageError, match="'@votes' is not among the documents"):
             ann.vote(ann.conflicts()[0], "ann")
+
+
+# Where there are certificates
+
+
+SIGNED = Config(voters=["ann", "bob", "cy"], link_timeout=2.0, heartbeat=0.2, discover=False)
+WRITER = ("*:rws",)
+BOSS = ("*:rws", "*:c")
+
+
+async def split(*replicas: Replica) -> None:
+    """Let all write the leader before they hear of each other, the last one last."""
+    for replica in replicas:
+        for _ in range(1 + (replica is replicas[-1])):
+            replica.register("leader", strategy="vote").value = replica.agent
+            replica.version()
+
+
+@asynchronous
+async def test_who_votes_is_what_controllers_say_and_nobody_else(tmp_path: Path) -> None:
+    async with Members() as members:
+        relay = await members.open("relay", *WRITER, store=tmp_path / "relay.db")
+        boss = await members.open("boss", *BOSS, config=SIGNED)
+        ann, bob, eve = [await members.open(name, *WRITER) for name in ("ann", "bob", "eve")]
+        everybody = relay, boss, ann, bob, eve
+        await even(*everybody)
+        await split(ann, bob)
+        await even(*everybody)
+        (found,) = eve.conflicts()
+        assert found.value == "bob" and found.rule == "lww"
+
+        # She may write votes, as everybody who may write anything; who votes she may not say.
+        eve.is_controller = lambda agent: True  # type: ignore[method-assign]
+        with pytest.raises(NotAllowed):
+            eve.system_document(ELECTORATE).map("rules")["electorate"] = [MINUTE, "eve"]
+        with pytest.raises(UsageError, match="not among the voters"):
+            eve.vote(found, "ann")
+        book = eve.system_document(VOTES)
+        book.map("rules")["electorate"] = [MINUTE, "eve"]
+        dots = [number for dot in sorted(found.dots) for number in dot]
+        (choice,) = [each.dot for each in found.candidates if each.value == "ann"]
+        book.map("ballots")[f"{found.poll}/eve"] = [*choice, "main", "rleader", "", dots]
+        await even(*everybody)
+        for replica in everybody:
+            assert replica.register("leader").value == "bob", replica.agent
+            assert replica.polls.electorate() == Electorate.of(SIGNED.voters, 600.0)
+
+        # Nor does it matter whom a voter's own settings name.
+        ann.config = Config(voters=["ann"])
+        ann.vote(ann.conflicts()[0], "ann")
+        await even(*everybody)
+        assert {each.register("leader").value for each in everybody} == {"bob"}
+        bob.vote(bob.conflicts()[0], "ann")
+        await even(*everybody)
+        assert {each.register("leader").value for each in everybody} == {"ann"}
+        point = relay.version()
+        await relay.durable()
+        with await relay.at(point, documents=["main"]) as past:
+            assert past.register("leader").value == "ann"
+        with reading(tmp_path / "relay.db") as db:
+            assert read_documents(db, tmp_path / "relay.db").register("leader").value == "ann"
+
+        # Who controls no more has said nothing since.
+        other = await members.open("chief", *BOSS)
+        await even(*everybody, other)
+        other.revoke("boss")
+        for replica in (relay, ann, bob, eve):
+            await replica.wait_for(other.version(), timeout=20)
+        assert {each.register("leader").value for each in (relay, ann, bob, eve)} == {"ann"}
+
+
+@asynchronous
+async def test_who_may_not_write_there_has_no_vote_there() -> None:
+    async with Members() as members:
+        relay = await members.open("relay", *WRITER)
+        boss = await members.open("boss", *BOSS, config=SIGNED)
+        ann, bob = [await members.open(name, *WRITER) for name in ("ann", "bob")]
+        cy = await members.open("cy", "main:r", "notes:rw")
+        everybody = relay, boss, ann, bob, cy
+        await even(*everybody)
+        await split(ann, bob)
+        await even(*everybody)
+        ann.vote(ann.conflicts()[0], "ann")
+        (found,) = cy.conflicts()
+        with pytest.raises(NotAllowed, match="main"):
+            cy.vote(found, "ann")
+
+        # As who has altered the program would.
+        cy.polls.cast(found, "ann", None)
+        await even(*everybody)
+
+        for replica in everybody:
+            (now,) = replica.conflicts()
+            assert now.value == "bob" and [vote.agent for vote in now.votes] == ["ann"]
+
+
+@asynchronous
+async def test_without_a_controller_s_word_nobody_votes() -> None:
+    async with Members() as members:
+        relay = await members.open("relay", *WRITER)
+        ann, bob = [await members.open(name, *WRITER, config=SIGNED) for name in ("ann", "bob")]
+        await even(relay, ann, bob)
+        await split(ann, bob)
+        await even(relay, ann, bob)
+        with pytest.raises(UsageError, match="a controller does"):
+            ann.vote(ann.conflicts()[0], "ann")
+        boss = await members.open("boss", *BOSS, config=SIGNED)
+        await even(relay, ann, bob, boss)
+
+        for voter in (ann, bob):
+            voter.vote(voter.conflicts()[0], "ann")
+
+        await even(relay, ann, bob, boss)
+        assert {r.register("leader").value for r in (relay, ann, bob, boss)} == {"ann"}
 
 
 def is_up(replica: Replica, name: str) -> bool:

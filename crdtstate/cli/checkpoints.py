@@ -4,8 +4,8 @@ The checkpoints in a tier, and what they have to do with a store.
 Listing, verifying and comparing only read, and the agent may be running. Making one and restoring
 is done as the agent that the store belongs to, and so while it does not run.
 
-With ``--mesh`` it is looked who made them, too, as a replica with that file would. But for `create`
-and `restore`, who was revoked is not known here.
+With ``--mesh`` it is looked who made them, too, as a replica with that file would. Who was revoked
+is known from the checkpoints themselves and from the store beside them (`revoked`).
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from urllib.parse import quote
 import typer
 
 from crdtstate.attestation import Attestation
-from crdtstate.authors import Authors, authors_of
+from crdtstate.authors import authors_of
 from crdtstate.catalogue import Catalogue, Checkpoint
 from crdtstate.change import Snapshot
-from crdtstate.cli.options import AsJson, Documents, Kept, Mesh, Paths, Store, Tier, Whose
+from crdtstate.cli.options import AsJson, Documents, Kept, Mesh, Modules, Paths, Store, Tier, Whose
 from crdtstate.cli.printing import count, note, print_columns, print_json, printable
 from crdtstate.cli.reaching import run
+from crdtstate.cli.revoked import take_from_checkpoints, take_from_store
 from crdtstate.cli.values import stand_in
 from crdtstate.credentials import open_credentials
 from crdtstate.documents import SYSTEM, DocumentSet
@@ -32,6 +33,7 @@ from crdtstate.errors import (
     CorruptCheckpoint,
     CRDTStateError,
     InvalidUpdate,
+    StoreError,
     UnknownCheckpoint,
     UnknownStrategy,
     UsageError,
@@ -40,6 +42,7 @@ from crdtstate.manifest import agent_of
 from crdtstate.past import ABSENT, Difference, Past, Selection, differences
 from crdtstate.replica import Replica
 from crdtstate.retention import Retention
+from crdtstate.revocations import Revocations
 from crdtstate.shelf import Shelf
 from crdtstate.stores.file import read_agent, read_documents, reading
 from crdtstate.tiers import open_tier
@@ -55,7 +58,7 @@ def list_checkpoints(
 
     Example: [cyan]crdtstate checkpoints list agent-7.db[/cyan]
     """
-    found = run(_list_checkpoints(_tier_url(tier), agent, _attestation(mesh)))
+    found = run(_list_checkpoints(_tier_url(tier), agent, _Believing(mesh, tier)))
     if as_json:
         print_json([_describe_checkpoint(*each, mesh=mesh) for each in found])
         return
@@ -77,12 +80,12 @@ def verify_checkpoints(
 ) -> None:
     """Read checkpoints whole, and compare every byte with the hash it should have.
 
-    With --mesh it also checks who made them.
+    With --mesh it also checks who made them, and that they were not revoked.
 
     Example: [cyan]crdtstate checkpoints verify agent-7.db[/cyan]
     """
     with _listed(tier):
-        found = run(_verify_checkpoints(_tier_url(tier), agent, id, _attestation(mesh)))
+        found = run(_verify_checkpoints(_tier_url(tier), agent, id, _Believing(mesh, tier)))
     if as_json:
         print_json([{"agent": who, "id": each, "problem": why} for who, each, why in found])
     else:
@@ -102,6 +105,7 @@ def create_checkpoint(
         typer.Option(metavar="URL", help="Where to keep it; otherwise beside the store."),
     ] = None,
     mesh: Mesh = None,
+    modules: Modules = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a checkpoint of a store whose agent does not run.
@@ -124,6 +128,7 @@ def restore_checkpoint(
     message: Annotated[str, typer.Option(metavar="TEXT", help="Why, for the history.")] = "",
     tier: Tier = None,
     mesh: Mesh = None,
+    modules: Modules = None,
     as_json: AsJson = False,
 ) -> None:
     """Bring values back into a store whose agent does not run.
@@ -157,6 +162,7 @@ def compare_checkpoints(
     paths: Paths = None,
     tier: Tier = None,
     mesh: Mesh = None,
+    modules: Modules = None,
     as_json: AsJson = False,
 ) -> None:
     """Print what reads differently now, or in a second checkpoint.
@@ -168,7 +174,8 @@ def compare_checkpoints(
     if until is None and "://" in store:
         raise typer.BadParameter(f"{store} is a tier: name a store, or a second ID")
     with _listed(tier or store):
-        before, after = run(_load_two(_tier_url(tier or store), since, until, mesh))
+        believing = _Believing(mesh, store)
+        before, after = run(_load_two(_tier_url(tier or store), since, until, believing))
     if after is None:
         with reading(store) as db:
             after = read_documents(db, store)
@@ -224,30 +231,58 @@ def _tier_url(text: str) -> str:
     raise UsageError(f"{text}: no such file, nor one named {text}.checkpoints")
 
 
-def _authors(mesh: Path | None) -> Authors:
-    return authors_of(open_credentials(mesh), None)
+class _Believing:
+    """Which checkpoints are believed.
 
+    Args:
+        mesh: The file with what proves who is a member; None: all are believed.
+        beside: What is named, a tier or a store. If it is a store, it tells who was revoked, too.
+    """
 
-def _attestation(mesh: Path | None) -> Attestation:
-    credentials = open_credentials(mesh)
-    return Attestation(authors_of(credentials, None), lambda: credentials.certificate)
+    def __init__(self, mesh: Path | None, beside: str) -> None:
+        credentials = open_credentials(mesh)
+        self.authors = authors_of(credentials, None)
+        self._root = credentials.root
+        self._revocations = Revocations()
+        self.attestation = Attestation(
+            self.authors, lambda: credentials.certificate, self._revocations.is_revoked
+        )
+        store = Path(beside.removesuffix(".checkpoints"))
+        if self._root is None or "://" in beside or not store.is_file():
+            return
+        try:
+            take_from_store(store, self._root, self._revocations)
+        except StoreError as exc:
+            # It may be a tier's file itself, which is no store.
+            if Path(f"{store}.checkpoints").is_file():
+                note(f"{store} does not tell who was revoked: {exc}")
+
+    async def learn(self, url: str) -> None:
+        """Look in the checkpoints of all agents who was revoked."""
+        if self._root is None:
+            return
+        async with aclosing(_catalogues(url, None, self.attestation)) as catalogues:
+            async for each in catalogues:
+                await take_from_checkpoints(each, self._root, self._revocations)
 
 
 async def _list_checkpoints(
-    url: str, agent: str | None, attestation: Attestation
+    url: str, agent: str | None, believing: _Believing
 ) -> list[tuple[str, Checkpoint]]:
+    await believing.learn(url)
     return [
         (each.agent, checkpoint)
-        async for each in _catalogues(url, agent, attestation)
+        async for each in _catalogues(url, agent, believing.attestation)
         for checkpoint in each.saved()
     ]
 
 
 async def _verify_checkpoints(
-    url: str, agent: str | None, id: str | None, attestation: Attestation
+    url: str, agent: str | None, id: str | None, believing: _Believing
 ) -> list[tuple[str, str, str | None]]:
+    await believing.learn(url)
     found: list[tuple[str, str, str | None]] = []
-    async for each in _catalogues(url, agent, attestation):
+    async for each in _catalogues(url, agent, believing.attestation):
         (shelf,) = each.shelves
         whys = [(bad, why) for bad, why in shelf.unreadable.items() if id in (None, bad)]
         found += [(each.agent, bad, f"its manifest: {why}") for bad, why in sorted(whys)]
@@ -291,11 +326,12 @@ async def _catalogues(
 
 
 async def _load_two(
-    url: str, since: str, until: str | None, mesh: Path | None
+    url: str, since: str, until: str | None, believing: _Believing
 ) -> tuple[Past, DocumentSet | None]:
     before, after = None, None
-    vouch = _authors(mesh).vouch
-    async with aclosing(_catalogues(url, None, _attestation(mesh))) as catalogues:
+    vouch = believing.authors.vouch
+    await believing.learn(url)
+    async with aclosing(_catalogues(url, None, believing.attestation)) as catalogues:
         async for each in catalogues:
             if since in each.manifests:
                 before = await _load(each, since, vouch)

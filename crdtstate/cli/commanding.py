@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from crdtstate.cli.options import AsJson, Mesh, Peer, Timeout
+from crdtstate.cli.options import AsJson, Mesh, Modules, Peer, Timeout
 from crdtstate.cli.places import parse_value
 from crdtstate.cli.printing import as_text, print_columns, print_json
 from crdtstate.cli.reaching import dialled, name_in, run
@@ -36,6 +36,7 @@ Name = Annotated[
 def report(
     peer: Peer,
     mesh: Mesh = None,
+    modules: Modules = None,
     timeout: Timeout = 5.0,
     name: Name = "cli",
     as_json: AsJson = False,
@@ -81,6 +82,7 @@ def command(
         typer.Option(metavar="SECONDS", min=0.1, help="For how long who is away still does it."),
     ] = None,
     mesh: Mesh = None,
+    modules: Modules = None,
     timeout: Timeout = 5.0,
     name: Name = "cli",
     as_json: AsJson = False,

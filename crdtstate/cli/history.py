@@ -17,7 +17,7 @@ import apsw
 import typer
 
 from crdtstate.change import Change, Snapshot, decode_change
-from crdtstate.cli.options import AsJson, MaybePeer, Mesh, StoreToRead, Timeout, choose
+from crdtstate.cli.options import AsJson, MaybePeer, Mesh, Modules, StoreToRead, Timeout, choose
 from crdtstate.cli.printing import note, print_json, printable
 from crdtstate.cli.reaching import dialled, run
 from crdtstate.clock import Version
@@ -42,6 +42,7 @@ def history(
     peer: MaybePeer = None,
     store: StoreToRead = None,
     mesh: Mesh = None,
+    modules: Modules = None,
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
 ) -> None:

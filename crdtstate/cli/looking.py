@@ -12,8 +12,8 @@ import typer
 
 from crdtstate.audit import KINDS as AUDITED
 from crdtstate.audit import Query, Record
-from crdtstate.authors import authors_of
-from crdtstate.cli.options import AsJson, Mesh, Peer, Store, Timeout, TokenFile, WholePlace
+from crdtstate.authors import Authors, authors_of
+from crdtstate.cli.options import AsJson, Mesh, Modules, Peer, Store, Timeout, TokenFile, WholePlace
 from crdtstate.cli.places import Place, parse_place
 from crdtstate.cli.printing import (
     as_text,
@@ -25,12 +25,14 @@ from crdtstate.cli.printing import (
     printable,
 )
 from crdtstate.cli.reaching import check_url, dialled, fetch, find_token, run
+from crdtstate.cli.revoked import Hidden, hidden, take_from_store
 from crdtstate.cli.values import readable
 from crdtstate.conflict import Conflict, Explanation, same
 from crdtstate.credentials import open_credentials
 from crdtstate.errors import CRDTStateError, TransportError, UsageError
 from crdtstate.relay.tokens import page_of
-from crdtstate.stores.file import read_audit, reading
+from crdtstate.revocations import Revocations
+from crdtstate.stores.file import read_audit, read_documents, reading
 from crdtstate.stores.file import verify as verify_store
 
 
@@ -83,6 +85,7 @@ def page(peer: Peer, mesh: Mesh = None, token_file: TokenFile = None) -> None:
 def status(
     peer: Peer,
     mesh: Mesh = None,
+    modules: Modules = None,
     token_file: TokenFile = None,
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
@@ -131,7 +134,11 @@ def _describe(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def conflicts(
-    peer: Peer, mesh: Mesh = None, timeout: Timeout = 5.0, as_json: AsJson = False
+    peer: Peer,
+    mesh: Mesh = None,
+    modules: Modules = None,
+    timeout: Timeout = 5.0,
+    as_json: AsJson = False,
 ) -> None:
     """List where values conflict, what is read there and what decides.
 
@@ -182,6 +189,7 @@ def explain(
     place: WholePlace,
     peer: Peer,
     mesh: Mesh = None,
+    modules: Modules = None,
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
 ) -> None:
@@ -264,23 +272,32 @@ def verify(
 
     Its owner may be running. That each change follows the one before it is
     checked always; with --mesh also whether it is its writer's, by its
-    signature or keyed hash.
+    signature or keyed hash, and it is said what is hidden of who was revoked.
 
     Example: [cyan]crdtstate verify agent-7.db --mesh agent-7.join[/cyan]
     """
-    authors = None if mesh is None else authors_of(open_credentials(mesh, store), None)
+    credentials = None if mesh is None else open_credentials(mesh, store)
+    authors = None if credentials is None else authors_of(credentials, None)
     found = verify_store(store, authors)
+    root = None if credentials is None else credentials.root
+    told: list[Hidden] = []
+    if authors is not None and root is not None and not found.problems:
+        told = _hidden_in(store, authors, root)
     if as_json:
         names = ("documents", "snapshots", "changes", "bytes", "records")
         counts = {name: getattr(found, name) for name in names}
         lists = {"problems": found.problems, "quarantined": found.quarantined}
-        proven = {} if mesh is None else {"proven": found.proven}
+        proven: dict[str, Any] = {} if mesh is None else {"proven": found.proven}
+        if root is not None:
+            proven["revoked"] = [each._asdict() for each in told]
         print_json({"store": str(store), **counts, **proven, **lists})
     else:
         for problem in found.problems:
             print(printable(problem))
         for quarantined in found.quarantined:
             print(printable(f"quarantined: {quarantined}"))
+        for each in told:
+            print(printable(str(each)))
     if found.problems:
         what = "is damaged" if mesh is None else "is damaged, or not of this mesh"
         raise CRDTStateError(f"{store} {what}: {count(len(found.problems), 'problem')}")
@@ -291,3 +308,12 @@ def verify(
         if mesh is not None:
             what += f"; {count(found.proven, 'change')} proven"
         print(f"{printable(str(store))}: sound ({what})")
+
+
+def _hidden_in(store: Path, authors: Authors, root: bytes) -> list[Hidden]:
+    revocations = Revocations()
+    take_from_store(store, root, revocations)
+    if not len(revocations):
+        return []
+    with reading(store) as db:
+        return list(hidden(read_documents(db, store), authors, revocations))

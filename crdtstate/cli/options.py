@@ -9,6 +9,9 @@ from typing import Annotated
 
 import typer
 
+from crdtstate.errors import UsageError
+from crdtstate.relay.server import import_modules
+
 Peer = Annotated[
     str,
     typer.Option(
@@ -40,6 +43,28 @@ TokenFile = Annotated[
 StoreToRead = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Read a store, instead of a peer.")
 ]
+
+
+def _import(names: list[str] | None) -> list[str] | None:
+    try:
+        import_modules(names or ())
+    except UsageError as exc:
+        raise typer.BadParameter(str(exc)) from exc
+    return names
+
+
+Modules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--module",
+        metavar="NAME",
+        envvar="CRDTSTATE_MODULES",
+        callback=_import,
+        help="A Python module that registers validators and strategies; repeatable.",
+    ),
+]
+"""It is imported as the command line is read."""
+
 Timeout = Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="How long to try.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Agent = Annotated[str, typer.Option(metavar="NAME", help="As whom to write.")]

@@ -21,9 +21,11 @@ from urllib.parse import unquote, urlsplit
 import typer
 
 from crdtstate.admission import is_private
+from crdtstate.cli.printing import note
 from crdtstate.config import Config
 from crdtstate.credentials import open_credentials, open_host_credentials
 from crdtstate.errors import TransportError, UsageError, WaitTimeout
+from crdtstate.events import ValidatorMissing
 from crdtstate.relay.settings import is_url
 from crdtstate.relay.tokens import read_token, token_of
 from crdtstate.replica import Replica
@@ -56,9 +58,18 @@ async def dialled(
 ) -> AsyncIterator[Replica]:
     """A replica in memory that has what the peer has."""
     name = name_in(mesh, agent)
-    async with Replica(name, peers=[check_url(url)], mesh=mesh, config=config) as replica:
+    opened = Replica(name, peers=[check_url(url)], mesh=mesh, config=config)
+    opened.on(ValidatorMissing, _tell_missing)
+    async with opened as replica:
         await sync(replica, url, timeout)
         yield replica
+
+
+def _tell_missing(event: ValidatorMissing) -> None:
+    note(
+        f"{event.document!r} uses the validator {event.validator!r}, which is unknown here: "
+        "changes are left out; name what registers it: --module NAME"
+    )
 
 
 def name_in(mesh: Path | None, agent: str) -> str:

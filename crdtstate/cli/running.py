@@ -75,6 +75,14 @@ def run_relay(
             help="A Python module that registers validators of documents; repeatable.",
         ),
     ] = None,
+    origins: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--origin",
+            metavar="URL",
+            help="Whose pages may write documents, as https://app.example; repeatable.",
+        ),
+    ] = None,
     durability: Annotated[
         Durability | None,
         typer.Option(help="What a commit survives: a kill, or a power cut as well."),
@@ -126,6 +134,7 @@ def run_relay(
         "peers": tuple(peers) if peers else None,
         "checkpoints": tuple(checkpoints) if checkpoints else None,
         "modules": tuple(modules) if modules else None,
+        "origins": tuple(origins) if origins else None,
         "durability": durability and durability.value,
         "name": name,
         "tls_certificate": tls_certificate,

@@ -15,6 +15,7 @@ from crdtstate.cli.options import (
     AsJson,
     MaybePeer,
     Mesh,
+    Modules,
     Peer,
     StoreToRead,
     Timeout,
@@ -40,6 +41,7 @@ def get(
     peer: MaybePeer = None,
     store: StoreToRead = None,
     mesh: Mesh = None,
+    modules: Modules = None,
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
 ) -> None:
@@ -113,6 +115,7 @@ def set_(
     peer: Peer,
     agent: Agent = "cli",
     mesh: Mesh = None,
+    modules: Modules = None,
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
 ) -> None:
@@ -153,6 +156,7 @@ def increment(
     by: Annotated[int, typer.Argument(metavar="BY", help="How much; may be negative.")] = 1,
     agent: Agent = "cli",
     mesh: Mesh = None,
+    modules: Modules = None,
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
 ) -> None:
@@ -184,6 +188,7 @@ def watch(
     place: WholePlace,
     peer: Peer,
     mesh: Mesh = None,
+    modules: Modules = None,
     timeout: Timeout = 5.0,
     as_json: AsJson = False,
 ) -> None:

@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from crdtstate import sync, wire
+from crdtstate import forks, sync, wire
 from crdtstate.authors import Signed
 from crdtstate.certificates import Certificate, Grant, issue, mesh_of
 from crdtstate.change import Change, Snapshot, decode_change, encode_change
@@ -126,14 +126,15 @@ class Member(DocumentSet):
 
     def pump(self) -> None:
         """Seal what was written, and carry out what the core says."""
+        self.standing.look(self.world.now)
         self.take_sealed()
         while effects := self.core.effects():
             for effect in effects:
                 if self._carry_out(effect):
                     break
             self.core.committed(self.persisted, self.world.now)
-            self.standing.look()
-        self.tick_at = self.core.next_deadline()
+            self.standing.look(self.world.now)
+        self.tick_at = min(self.core.next_deadline(), self.standing.next_deadline())
 
     def _carry_out(self, effect: sync.Effect) -> bool:
         """Returns whether all that follows is void."""
@@ -219,7 +220,9 @@ class World:
         self._messages: list[tuple[float, int, Member, int, bytes]] = []
         self._sent = 0
         self._due: dict[tuple[str, str], float] = {}
-        self.honest = [self._join(Member, f"agent-{n}", root, "rws") for n in range(honest)]
+        # Where few are believed with snapshots, more hangs on changes and proofs.
+        roles = ["rws" if seed % 2 or not n else "rw" for n in range(honest)]
+        self.honest = [self._join(Member, f"agent-{n}", root, each) for n, each in enumerate(roles)]
         self.mallory = self._join(Mallory, MALLORY, root, "rw")
         for one in self.honest:
             for other in (*self.honest, self.mallory):
@@ -590,6 +593,8 @@ class Mallory(Member):
             self._digests,
             self._lease,
             self._second_hello,
+            self._made_up,
+            self._unsay,
         ]
 
     def _victim(self) -> Member:
@@ -699,7 +704,7 @@ class Mallory(Member):
         return wire.Members(((record.writer, record.order, wire.encode_record(record)),))
 
     def _same_writer(self) -> wire.Frame | None:
-        if self.world.rng.random() < 0.9:
+        if self.world.rng.random() < 0.8:
             return None
         return wire.Bye(wire.ByeCode.SAME_WRITER, "two processes write as one writer")
 
@@ -716,6 +721,24 @@ class Mallory(Member):
 
     def _lease(self) -> wire.Frame | None:
         return wire.Return(self._victim().writer, {"main": 1})
+
+    def _made_up(self) -> wire.Frame | None:
+        """A document that there is not."""
+        rng = self.world.rng
+        return wire.Have(f"made up {rng.getrandbits(40)}", self._version(), rng.random() < 0.5)
+
+    def _unsay(self) -> wire.Frame | None:
+        """Write over what is said of forks, or say nonsense of them."""
+        rng = self.world.rng
+        proofs = self.system_document(forks.DOCUMENT).map(forks.PROOFS)
+        key = forks.key_of("main", self.forked or self._victim().writer)
+        self.world.tried["proof unsaid"] += 1
+        if key in proofs and rng.random() < 0.7:
+            del proofs[key]
+        else:
+            proofs[key] = rng.choice((1, "x", rng.randbytes(40)))
+        self.pump()
+        return None
 
     def _second_hello(self) -> wire.Frame | None:
         victim = self._victim()

@@ -20,7 +20,7 @@ import re
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -490,9 +490,11 @@ def _is_at_rest(path: str | Path) -> bool:
     return not wal.exists() or not wal.stat().st_size
 
 
-def read_documents(db: apsw.Connection, path: str | Path) -> DocumentSet:
+def read_documents(
+    db: apsw.Connection, path: str | Path, only: Collection[str] | None = None
+) -> DocumentSet:
     """
-    Load all documents, as a replica that opens the store does.
+    Load all documents, or *only* those of these names, as a replica that opens the store does.
 
     Raises:
         CorruptStore: Names the first snapshot or change that is damaged or does not fit.
@@ -502,11 +504,15 @@ def read_documents(db: apsw.Connection, path: str | Path) -> DocumentSet:
     # The validators are the agents'; without them it shows what these would hide.
     documents.admits_unjudged = True
     for saved, is_intact in snapshots(db):
+        if only is not None and saved.document not in only:
+            continue
         if not is_intact:
             raise damage(path, f"table snapshot, document {saved.document!r}")
         with _fitting(path, saved.document, "snapshot"):
             documents.load_snapshot(saved.document, saved.data)
     for row, entry, is_intact in changes(db):
+        if only is not None and entry.document not in only:
+            continue
         found = documents.find(entry.document)
         if found and found.version.covers((entry.writer, entry.seq)):
             continue
