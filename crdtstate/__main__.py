@@ -127,6 +127,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--store", **file, help="the SQLite file that keeps everything; default: memory")
     add("--peer", **url, dest="peers", action="append", help="another relay; repeatable")
     add("--checkpoints", metavar="URL", action="append", help="a tier to keep them; repeatable")
+    origins: dict[str, Any] = {"dest": "origins", "metavar": "URL", "action": "append"}
+    add("--origin", **origins, help="whose pages may write documents; repeatable")
     add("--durability", choices=["process", "power"], help="default: process")
     add("--name", help="what peers see; default: relay")
     add("--tls-certificate", **file, help="PEM, for wss://")

@@ -181,6 +181,11 @@ class Observers:
 
     # Dispatching
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether events wait for handlers."""
+        return bool(self._pending)
+
     def dispatch(self) -> None:
         """Call handlers, for a while; the rest after others had their turn on the event loop.
         Slow ones delay each other, and the mesh by one call at a time."""

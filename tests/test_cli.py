@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import configparser
+import importlib
 import json
 import os
 import pty
@@ -26,7 +27,16 @@ import apsw
 import pytest
 from test_relay import BARE
 
-from crdtstate import Config, Retention, __version__, blocking, cli, strategy
+from crdtstate import (
+    Config,
+    Retention,
+    __version__,
+    blocking,
+    cli,
+    conflict,
+    strategy,
+    validators,
+)
 from crdtstate.change import Origin, encode_change
 from crdtstate.cli.places import parse_value
 from crdtstate.clock import Dot
@@ -734,6 +744,65 @@ def alter(url: str, kind: str) -> str:
     return asyncio.run(put())
 
 
+# What only a module of the user's knows
+
+
+RULES = """
+import crdtstate
+
+@crdtstate.strategy("cli-longest")
+def longest(found):
+    return max((each.value for each in found), key=len)
+
+@crdtstate.validator("cli-short")
+def short(proposal):
+    return None if all(len(str(each.value)) < 9 for each in proposal.writes) else "too long"
+"""
+
+
+def test_a_module_brings_the_strategies_and_validators_that_documents_name(tmp_path, monkeypatch):
+    (tmp_path / "house_rules.py").write_text(RULES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module("house_rules")
+
+    def ask(line: str) -> Result:
+        command = [sys.executable, "-m", "crdtstate", *line.split()]
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    try:
+        with (
+            blocking.Replica("one", listen=LOCAL) as one,
+            blocking.Replica("two") as two,
+        ):
+            for replica, value in ((one, "longest"), (two, "short")):
+                replica.document("main").map("plan", strategy="cli-longest")["a"] = value
+            two.connect(one.address)
+            two.synced(timeout=20)
+            with_it = f"--peer {one.address} --module house_rules"
+            without = f"--peer {one.address}"
+            assert ask(f"get main/map/plan/a {with_it}") == (0, "longest\n", "")
+            code, out, err = ask(f"get main/map/plan/a {without}")
+            assert (code, out) == (0, "short\n") and "unknown strategy 'cli-longest'" in err
+
+            one.document("main").use_validator("cli-short")
+            one.map("plan")["b"] = 1
+            assert ask(f"get main/map/plan/b {with_it}") == (0, "1\n", "")
+            code, out, err = ask(f"set main/map/plan/c 2 {without} --timeout 2")
+            assert code == 1 and "--module" in err
+            code, out, err = ask(f"set main/map/plan/c too-long-by-far {with_it}")
+            assert code == 1 and "too long" in err and "c" not in one.map("plan")
+            assert ask(f"set main/map/plan/c 2 {with_it}").code == 0
+            assert one.map("plan")["c"] == 2
+            code, out, err = ask(f"get main/map/plan/a --peer {one.address} --module no_such")
+            assert code == 2 and "no_such" in err
+    finally:
+        del conflict._registry["cli-longest"], validators._registry["cli-short"]
+        del sys.modules["house_rules"]
+
+
 # The settings of a relay
 
 CERTIFICATE = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
@@ -792,6 +861,7 @@ def test_each_setting_can_come_from_everywhere(run, tmp_path, monkeypatch):
         "store": ("a.db", "a.db"),
         "peers": (["ws://a:1", "ws://b:1"], "ws://a:1, ws://b:1"),
         "checkpoints": (["memory://", "sqlite:///c.db"], "memory:// sqlite:///c.db"),
+        "origins": (["https://a.example", "http://[::1]:80"], "https://a.example http://[::1]:80"),
         "modules": (["json", "re"], "json re"),
         "durability": ("power", "power"),
         "name": ("n", "n"),
@@ -826,6 +896,7 @@ def test_each_setting_can_come_from_everywhere(run, tmp_path, monkeypatch):
         ("listen = '8765'", "listen must be a URL like ws://127.0.0.1:8765, not '8765'"),
         ("peers = 'ws://a:1'", "peers must be a list of strings, not 'ws://a:1'"),
         ("peers = ['ws://a:1', 'b']", "peers must be a URL like ws://127.0.0.1:8765, not 'b'"),
+        ("origins = ['a.example']", "origins must be an origin, such as https://app.example, not "),
         ("durability = 'hope'", 'durability must be "process" or "power", not \'hope\''),
         ("checkpoints = ['ftp://x']", "checkpoints: 'ftp://x' is no tier: there are memory://"),
         ("checkpoints = ['memory://', 'memory://']", "checkpoints names 1 to 8 tiers, each once"),

@@ -23,7 +23,7 @@ from typing import Annotated
 import typer
 
 from crdtstate import __version__
-from crdtstate.cli import checkpoints, commanding, history, looking, meshing, running, values
+from crdtstate.cli import checkpoints, commanding, doors, history, looking, meshing, running, values
 from crdtstate.cli.printing import printable
 from crdtstate.errors import CRDTStateError
 
@@ -69,6 +69,8 @@ saved.command("restore")(checkpoints.restore_checkpoint)
 
 app.command(rich_help_panel=RUN)(commanding.command)
 app.command("relay", rich_help_panel=RUN)(running.run_relay)
+app.command(rich_help_panel=RUN)(doors.mcp)
+app.command("mcp-memory", rich_help_panel=RUN)(doors.mcp_memory)
 app.command(rich_help_panel=RUN)(running.simulate)
 app.command(rich_help_panel=RUN)(running.demo)
 
