@@ -19,7 +19,7 @@ otherwise: what waits for another process is measured by the wall clock.
     fleet        ten agents on one relay             growth     what a million writes leave behind
     recovery     opening a store, snapshots          many       two hundred agents on one relay
     relayed      the relay alone, at 300/s          stalled    one of them does not read
-    checkpoints  making and loading them
+    checkpoints  making and loading them       langgraph  the checkpointer beside LangGraph's own
     mesh         what a fleet of 10 and 100 says  thousand   the same of 1,000; only if named
 
 To add one: a module with a function from `Effort` to results, named in `__main__`.

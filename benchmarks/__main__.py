@@ -12,6 +12,7 @@ from benchmarks.checkpoints import checkpoints
 from benchmarks.faults import faults
 from benchmarks.fleet import fleet
 from benchmarks.growth import growth
+from benchmarks.langgraph import langgraph
 from benchmarks.many import many, relayed, stalled
 from benchmarks.measure import FULL, QUICK, Effort, Result
 from benchmarks.mesh import mesh, thousand
@@ -39,6 +40,7 @@ BENCHMARKS: dict[str, Callable[[Effort], Sequence[Result]]] = {
     "service": service,
     "security": security,
     "signing": signing,
+    "langgraph": langgraph,
     "faults": faults,
     "mesh": mesh,
     "thousand": thousand,
