@@ -29,6 +29,8 @@ class Waiting(DocumentSet):
     _sync: sync.Sync
     _store: Store
     _loop: asyncio.AbstractEventLoop
+    # When the pump runs by itself.
+    _timer_at: float
     _peer_urls: list[str]
     _subscribe: tuple[str, ...] | None
     _waiters: list[tuple[Callable[[], bool], asyncio.Future[None]]]
@@ -105,9 +107,13 @@ class Waiting(DocumentSet):
 
         def poll() -> bool:
             is_done = machine.poll(self._loop.time())
-            self._wake()
+            # Not each time: every pump polls, and would be followed by another.
+            if self._sync.is_stirred or self._sync.next_deadline() < self._timer_at:
+                self._wake()
             return is_done
 
+        # What it asks first is on its way then.
+        self._wake()
         try:
             await self._until(poll, timeout, "other replicas")
         except WaitTimeout:

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -937,6 +938,21 @@ async def test_one_relay_less_is_still_a_majority(tmp_path: Path) -> None:
         assert caught.value.missing == ("relay-3",)
         assert caught.value.unknown
         assert not ann._sync._quorum._questions
+
+
+@asynchronous
+async def test_who_waits_for_others_does_not_keep_the_loop_busy() -> None:
+    async with Replica("ann", config=Config(voters=["ann", "bob", "eve"])) as ann:
+        ann.map("plan")["goal"] = "ship"
+        await ann.durable()
+        before = time.process_time()
+        with pytest.raises(ConfirmTimeout):
+            await ann.confirm(Confirm.majority(), timeout=0.5)
+        with pytest.raises(QuorumLost):
+            await ann.map("plan").get_strong("leader", timeout=0.5)
+
+        # It was nearly all of the second, a pump after the other.
+        assert time.process_time() - before < 0.3
 
 
 @asynchronous
