@@ -35,6 +35,10 @@ SNAPSHOT_WORTH = 512 * 1024
 SNAPSHOT_SHARE = 1.5
 """How much more than the document the changes have to be: who joins a snapshot has more to do."""
 
+SNAPSHOT_SHARE_NEW = 0.25
+"""The same for a peer that has nothing of the document: to load it takes less than a tenth of what
+its changes take, one after the other."""
+
 MEASURED_FOR = 10.0
 """Seconds for which the size of a document counts as known."""
 
@@ -88,7 +92,9 @@ class Serving:
             return ()
         if not self._takes(frame.document):
             return ()
-        page = self._ledger.page(frame.document)
+        page = self._ledger.pages.get(frame.document)
+        if page is None:
+            return ()
         if any(first <= page.floor.get(writer, 0) for writer, first, _ in frame.ranges):
             self._ask_snapshot(link, frame.document, now)
             return ()
@@ -121,7 +127,8 @@ class Serving:
             return False
         if not self._may_hand(name):
             return False
-        if log_bytes < SNAPSHOT_SHARE * self._measure(found, now):
+        share = SNAPSHOT_SHARE if link.acked.get(name) else SNAPSHOT_SHARE_NEW
+        if log_bytes < share * self._measure(found, now):
             return False
         self._ask_snapshot(link, name, now)
         return True
@@ -130,7 +137,7 @@ class Serving:
         """About how large a document's snapshot is; as costly as one, so not looked at often."""
         page = self._ledger.page(document.name)
         if page.measured_at is None or now >= page.measured_at + MEASURED_FOR:
-            page.measured_at, page.measured = now, document.sizes()[0]
+            page.measured_at, page.measured = now, len(document.engine.state())
         return page.measured
 
     def _ask_snapshot(self, link: Link, name: str, now: float) -> None:
