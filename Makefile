@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# What meets websockets; these run on the oldest and the newest of it too.
+EDGES := tests/test_transports.py tests/test_replica.py
+
 .PHONY: demo test bench fuzz style types lint clean
 
 demo: $(VENV)/ready
@@ -13,8 +16,8 @@ test: $(VENV)/ready $(VENV)/oldest $(VENV)/newest tests/node/node_modules
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --dist loadfile
-	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q tests/test_transports.py tests/test_replica.py
-	PYTHONPATH=$(VENV)/newest $(BIN)/python -m pytest -q tests/test_transports.py tests/test_replica.py
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest -q $(EDGES)
+	PYTHONPATH=$(VENV)/newest $(BIN)/python -m pytest -q $(EDGES)
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks

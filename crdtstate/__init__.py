@@ -38,7 +38,7 @@ The map of the house, from the ground up; a module imports from its own floor an
              stands in @recovery)  recovery  recovering  adoption (of agents that died)  lookback
              keeping  resolving  waiting (what users see of these)  verbs  dispatch (of commands)
              sharing  obeying (commands)  replica (the asyncio shell)
-    floor 5  reports  system  controller  blocking  relay  simulation  demo  cli
+    floor 5  reports  system  controller  blocking  relay  simulation  integrations  demo  cli
 
 Floors 0 to 2 know no clock, socket, disk or thread: time and randomness are arguments.
 """
@@ -83,6 +83,7 @@ from crdtstate.errors import (
     WaitTimeout,
 )
 from crdtstate.events import (
+    AdoptionPassed,
     AgentRecovered,
     CatchingUp,
     Changed,
@@ -142,6 +143,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ABSENT",
+    "AdoptionPassed",
     "AgentCheckpoint",
     "AgentRecovered",
     "AgentReport",

@@ -93,7 +93,8 @@ class Config:
     voters: tuple[str, ...] = ()
     """The agents (relays, best) that decide on `Confirm.majority` and strong reads and writes,
     and that vote where the strategy of conflicts is ``"vote"``, by name. Each has a store of its
-    own. The same everywhere; to change them, change one at a time."""
+    own. The same everywhere; to change them, change one at a time. In a mesh with certificates
+    those of controllers say who votes."""
 
     vote_deadline: float = 600.0
     """For how long after its newest candidate was written votes on a conflict count, by the

@@ -32,6 +32,8 @@ FLOORS = [
         "documents",
         "digests",
         "hiding",
+        "withholding",
+        "enforcement",
         "validators",
         "rules",
         "quarantine",

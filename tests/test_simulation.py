@@ -19,7 +19,7 @@ from crdtstate import Config, ReplicaClosed, UsageError
 from crdtstate.simulation import CampaignReport, Outcome, Simulation, run_campaign, run_seed
 from crdtstate.simulation.oracle import Violation
 
-SEEDS = 1000
+SEEDS = 600
 MUTANT_SEEDS = 400
 """Seeds in which every mutant must show itself; most do in the first few."""
 
@@ -32,7 +32,7 @@ def _run_seeds(seeds: Iterable[int]) -> tuple[list[Outcome], float]:
     return [run_seed(seed) for seed in seeds], time.process_time() - began
 
 
-def test_a_thousand_nasty_histories_keep_every_invariant() -> None:
+def test_hundreds_of_nasty_histories_keep_every_invariant() -> None:
     with ProcessPoolExecutor(2) as pool:
         parts = list(pool.map(_run_seeds, (range(0, SEEDS, 2), range(1, SEEDS, 2))))
 
